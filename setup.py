@@ -1,0 +1,60 @@
+"""Metadata, and the one thing that a wheel needs beyond it: configs and tools where OpenMMLab looks for them."""
+
+import re
+import shutil
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+MIM_FILES = ('configs', 'tools', 'model-index.yml')
+
+
+class BuildPy(build_py):
+    """Also put configs, tools and model-index.yml into ``sn_openmmlab/.mim``.
+
+    There ``mim train sn_openmmlab CONFIG`` and bases such as ``_base_ = 'sn_openmmlab::mmdet/...'`` look for them. An
+    editable install, which has no directory but the source tree, gets links.
+    """
+
+    def run(self) -> None:
+        super().run()
+        editable = getattr(self, 'editable_mode', False)  # openmim brings in a setuptools that has no such mode
+        mim = Path(ROOT if editable else self.build_lib, 'sn_openmmlab', '.mim')
+        shutil.rmtree(mim, ignore_errors=True)
+        mim.mkdir(parents=True)
+        for name in MIM_FILES:
+            if editable:
+                (mim / name).symlink_to(Path('../..', name))
+            elif (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, mim / name, ignore=shutil.ignore_patterns('__pycache__'))
+            else:
+                shutil.copy(ROOT / name, mim)
+
+
+def version() -> str:
+    """The version, read as text: importing the package would need torch."""
+    return re.search(r"__version__ = '(.+)'", (ROOT / 'sn_openmmlab/version.py').read_text())[1]
+
+
+setup(
+    name='sn-openmmlab',
+    version=version(),
+    description='Switchable Normalization for OpenMMLab: a norm layer, recipes and tools',
+    long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    keywords='computer vision, object detection, semantic segmentation, normalization',
+    packages=find_packages(include=['sn_openmmlab', 'sn_openmmlab.*']),
+    python_requires='>=3.10',
+    # mmengine is needed too, but comes as one of two distributions: see the extras
+    install_requires=['torch>=2.1'],
+    extras_require={
+        'onedl': ['onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmsegmentation'],
+        'openmmlab': ['mmengine>=0.10', 'mmcv>=2.0', 'mmdet>=3.0', 'mmsegmentation>=1.0'],
+        'dev': ['pytest', 'ruff', 'matplotlib'],
+    },
+    cmdclass={'build_py': BuildPy},
+    zip_safe=False,
+)

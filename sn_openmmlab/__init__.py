@@ -1,0 +1,27 @@
+"""Switchable Normalization for OpenMMLab. Importing this package registers SN, SN1d, SN2d, SN3d and SyncSN."""
+
+import importlib.util
+
+if importlib.util.find_spec('mmengine') is None:
+    raise ImportError(
+        'sn_openmmlab needs mmengine, which comes with mmdetection and mmsegmentation: '
+        "pip install 'sn-openmmlab[onedl]' for the maintained distributions, "
+        "or 'sn-openmmlab[openmmlab]' for upstream's"
+    )
+
+from . import bases
+from .layers import SwitchNorm, SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SyncSN
+from .ops import switch_norm
+from .version import __version__
+
+bases.register()
+
+__all__ = [
+    'SwitchNorm',
+    'SwitchNorm1d',
+    'SwitchNorm2d',
+    'SwitchNorm3d',
+    'SyncSN',
+    '__version__',
+    'switch_norm',
+]

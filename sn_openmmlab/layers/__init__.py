@@ -1,0 +1,3 @@
+from .switch_norm import SwitchNorm, SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SyncSN
+
+__all__ = ['SwitchNorm', 'SwitchNorm1d', 'SwitchNorm2d', 'SwitchNorm3d', 'SyncSN']

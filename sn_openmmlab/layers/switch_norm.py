@@ -1,0 +1,297 @@
+"""Switchable Normalization as a norm layer of OpenMMLab: ``norm_cfg=dict(type='SN')``."""
+
+import functools
+import math
+
+import torch
+import torch.distributed as dist
+from mmengine.logging import print_log
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from ..ops import NORMALIZERS, switch_norm
+
+
+@MODELS.register_module('SN')
+class SwitchNorm(_InstanceNorm):
+    r"""Normalize by a learned blend of instance, layer and batch statistics.
+
+    .. math::
+        y = \gamma_c \frac{x - \sum_k w_k \mu_k}{\sqrt{\sum_k w'_k \sigma^2_k + \epsilon}} + \beta_c,
+        \quad w = \mathrm{softmax}(\text{mean\_weight}), \; w' = \mathrm{softmax}(\text{var\_weight})
+
+    from *Differentiable Learning-to-Normalize via Switchable Normalization* (Luo et al., ICLR 2019, Eq. 3). The
+    importance ratios :math:`w, w'` are learned, one triple for the means and one for the variances of each layer, in
+    the order IN, LN, BN.
+
+    The batch statistics live in the child ``bn``, a :class:`torch.nn.BatchNorm2d` without weight and bias that is never
+    called: while it is in training mode BN takes the batch's moments and the running ones are updated; in evaluation
+    mode (``model.eval()``, ``norm_eval=True``, ``frozen_stages``) BN takes the running ones. IN and LN always come
+    from the sample. Where ``bn`` has been turned into a :class:`torch.nn.SyncBatchNorm` (``sync_bn='torch'``) the batch
+    moments are those of all processes.
+
+    Three conventions, all PyTorch's and not the authors': ``momentum`` weighs the *new* value; the input is normalised
+    with the *biased* variance while ``running_var`` stores the *unbiased* one; weight, bias and running statistics
+    have shape *(C,)*.
+
+    Args:
+        num_features (int): Number of channels C.
+        eps (float): Added to the variance. Defaults to 1e-5.
+        momentum (float, optional): Weight of the new value in the running statistics; None averages all batches
+            equally. Defaults to 0.1.
+        affine (bool): Whether there are ``weight`` and ``bias``. Defaults to True.
+        normalizers (Sequence[str]): Which of 'in', 'ln' and 'bn' take part, in this order. Without 'bn' there is no
+            child ``bn`` (the paper's setting for one image per GPU). Defaults to ('in', 'ln', 'bn').
+        init_ratios (Sequence[float], optional): Importance ratios to start from, one for each normalizer, summing
+            to 1. ``(0, 0, 1)`` is batch normalization; a ratio of 0 is a logit so low that it no longer learns.
+            Defaults to None, equal ratios (all logits 1, as the authors').
+        device (torch.device, optional): Device of the parameters. Defaults to None.
+        dtype (torch.dtype, optional): Dtype of the parameters. Defaults to None.
+
+    Shape:
+        - Input: (N, C, \*) with 2 to 5 dimensions, any floating-point dtype, with any number of pixels (also 0 or 1).
+        - Output: as the input.
+
+    Raises:
+        ValueError: If an argument or the shape of the input is wrong.
+        TypeError: If the dtypes of input and parameters do not fit.
+
+    Examples:
+        >>> import torch
+        >>> from mmengine.registry import MODELS
+        >>> import sn_openmmlab
+        >>> norm = MODELS.build(dict(type='SN', num_features=64))
+        >>> norm(torch.randn(2, 64, 7, 7)).shape
+        torch.Size([2, 64, 7, 7])
+        >>> norm.importance_ratios.shape
+        torch.Size([2, 3])
+    """
+
+    _abbr_ = 'bn'  # attributes are named bn1, bn2, ... so that BatchNorm checkpoints find them
+    _ranks = (2, 3, 4, 5)
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        normalizers=NORMALIZERS,
+        init_ratios=None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        normalizers = _checked_normalizers(normalizers)
+        start = _logits(normalizers, init_ratios)
+        if num_features < 1 or eps < 0:
+            raise ValueError(f'num_features must be at least 1 and eps at least 0, got {num_features} and {eps}')
+        if momentum is not None and not 0 <= momentum <= 1:
+            raise ValueError(f'momentum must be None or between 0 and 1 (the weight of the new value), got {momentum}')
+        factory = dict(device=device, dtype=dtype)
+        super().__init__(num_features, eps, None, affine, track_running_stats=False, **factory)
+        self.normalizers = normalizers
+        self.init_ratios = None if init_ratios is None else tuple(init_ratios)
+        self._start = start
+        self.mean_weight = nn.Parameter(torch.empty(len(normalizers), **factory))
+        self.var_weight = nn.Parameter(torch.empty(len(normalizers), **factory))
+        self.bn = self._make_bn(eps, momentum, factory) if 'bn' in normalizers else None
+        self.reset_parameters()
+
+    def _make_bn(self, eps, momentum, factory) -> nn.Module:
+        return nn.BatchNorm2d(self.num_features, eps, momentum, affine=False, **factory)
+
+    @property
+    def momentum(self) -> float | None:
+        """Weight of the new value in the running statistics. It is the child's, and setting it sets the child's."""
+        return None if self.bn is None else self.bn.momentum
+
+    @momentum.setter
+    def momentum(self, value: float | None) -> None:
+        if self._modules.get('bn') is not None:
+            self.bn.momentum = value
+
+    @property
+    def importance_ratios(self) -> Tensor:
+        """Current importance ratios (2, K): those of the means, then those of the variances; a detached copy."""
+        return torch.stack([self.mean_weight.detach(), self.var_weight.detach()]).float().softmax(1)
+
+    def reset_parameters(self) -> None:
+        """Set everything to its starting value: weight 1, bias 0, the ratios' logits, running statistics 0 and 1."""
+        super().reset_parameters()
+        if hasattr(self, 'bn'):  # not yet, when the base class calls this
+            for logits in self.mean_weight, self.var_weight:
+                with torch.no_grad():
+                    logits.copy_(torch.tensor(self._start))
+            if self.bn is not None:
+                self.bn.reset_running_stats()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize ``x`` of shape (N, C, \\*)."""
+        self._check_input_dim(x)
+        bn = self.bn
+        if bn is None:
+            return switch_norm(
+                x, self.mean_weight, self.var_weight, self.weight, self.bias, eps=self.eps, normalizers=self.normalizers
+            )
+        return switch_norm(
+            x,
+            self.mean_weight,
+            self.var_weight,
+            self.weight,
+            self.bias,
+            bn.running_mean,
+            bn.running_var,
+            bn.num_batches_tracked,
+            training=bn.training,
+            momentum=bn.momentum,
+            eps=self.eps,
+            normalizers=self.normalizers,
+            group=self._group() if bn.training else None,
+        )
+
+    def _group(self):
+        """The process group that the batch moments are taken over, None where this process is alone."""
+        if not isinstance(self.bn, nn.SyncBatchNorm) or not (dist.is_available() and dist.is_initialized()):
+            return None
+        group = self.bn.process_group or dist.group.WORLD
+        return group if dist.get_world_size(group) > 1 else None
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.dim() not in self._ranks:
+            expected = ' or '.join(f'{rank}-D' for rank in self._ranks)
+            raise ValueError(f'{type(self).__name__} expects {expected} input, got shape {tuple(x.shape)}')
+        if x.shape[1] != self.num_features:
+            raise ValueError(
+                f'{type(self).__name__} has num_features={self.num_features}, but the input of shape {tuple(x.shape)} '
+                f'has {x.shape[1]} channels (dimension 1)'
+            )
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        """Load this layer's own keys, or BatchNorm's, or the authors' flat ones of shape (1, C, 1, 1)."""
+        if self.bn is not None:
+            for name in 'running_mean', 'running_var', 'num_batches_tracked':
+                if prefix + name in state_dict:
+                    state_dict[f'{prefix}bn.{name}'] = state_dict.pop(prefix + name)
+        for name in 'weight', 'bias', 'bn.running_mean', 'bn.running_var':
+            value = state_dict.get(prefix + name)
+            if value is not None and value.shape[1:2] == (self.num_features,) and value.numel() == self.num_features:
+                state_dict[prefix + name] = value.reshape(-1)
+        logits = [prefix + name for name in ('mean_weight', 'var_weight')]
+        if f'{prefix}bn.running_mean' in state_dict and not any(name in state_dict for name in logits):
+            state_dict.update(zip(logits, (self.mean_weight.detach(), self.var_weight.detach())))
+            _tell_once(missing_keys)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        text = f'{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}'
+        text += f', normalizers={self.normalizers}'
+        return text if self.init_ratios is None else f'{text}, init_ratios={self.init_ratios}'
+
+
+@MODELS.register_module('SN1d')
+class SwitchNorm1d(SwitchNorm):
+    """:class:`SwitchNorm` for (N, C) or (N, C, L) input only."""
+
+    _ranks = (2, 3)
+
+
+@MODELS.register_module('SN2d')
+class SwitchNorm2d(SwitchNorm):
+    """:class:`SwitchNorm` for (N, C, H, W) input only."""
+
+    _ranks = (4,)
+
+
+@MODELS.register_module('SN3d')
+class SwitchNorm3d(SwitchNorm):
+    """:class:`SwitchNorm` for (N, C, D, H, W) input only."""
+
+    _ranks = (5,)
+
+
+@MODELS.register_module()
+class SyncSN(SwitchNorm):
+    """:class:`SwitchNorm` whose batch statistics are those of all processes, weighted by their number of pixels.
+
+    Costs one all-reduce of 2C + 1 numbers forward and one of 2C backward. Every process has to call it, also one whose
+    batch is empty.
+
+    Args:
+        num_features (int): Number of channels C.
+        *args: As :class:`SwitchNorm`'s.
+        group_size (int, optional): Number of processes, of neighbouring rank, that share statistics; it must divide
+            the world size. Defaults to None, all.
+        **kwargs: As :class:`SwitchNorm`'s; ``normalizers`` must contain 'bn'.
+
+    Raises:
+        ValueError: If an argument is wrong, or ``group_size`` does not divide the world size.
+    """
+
+    def __init__(self, num_features: int, *args, group_size: int | None = None, **kwargs) -> None:
+        if group_size is not None and group_size < 1:
+            raise ValueError(f'group_size must be at least 1 or None for all processes, got {group_size}')
+        self.group_size = group_size
+        super().__init__(num_features, *args, **kwargs)
+        if self.bn is None:
+            raise ValueError(f"SyncSN synchronises batch statistics, but normalizers={self.normalizers}; use type='SN'")
+        self._group()  # groups are made by all processes together, and surely all of them are here
+
+    def _make_bn(self, eps, momentum, factory) -> nn.Module:
+        return nn.SyncBatchNorm(self.num_features, eps, momentum, affine=False, **factory)
+
+    def _group(self):
+        group = super()._group()
+        if group is None or self.group_size is None or self.bn.process_group is not None:
+            return group
+        return _subgroup(self.group_size, group) if self.group_size > 1 else None
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return f'{super().extra_repr()}, group_size={self.group_size}'
+
+
+@functools.lru_cache
+def _subgroup(group_size: int, world):
+    """The group of this rank and its neighbours; made once for all layers, since each group holds a communicator."""
+    if dist.get_world_size(world) % group_size:
+        raise ValueError(f'group_size={group_size} does not divide the world size {dist.get_world_size(world)}')
+    return dist.new_subgroups(group_size)[0]
+
+
+def _checked_normalizers(normalizers) -> tuple[str, ...]:
+    names = (normalizers,) if isinstance(normalizers, str) else tuple(normalizers)
+    if not names or names != tuple(name for name in NORMALIZERS if name in names):
+        raise ValueError(
+            f'normalizers must be one or more of {NORMALIZERS}, each once and in this order, got {normalizers!r}'
+        )
+    return names
+
+
+def _logits(normalizers: tuple[str, ...], ratios) -> list[float]:
+    """Logits whose softmax is ``ratios``; all 1 for equal ones, as the authors start."""
+    if ratios is None:
+        return [1.0] * len(normalizers)
+    if len(ratios) != len(normalizers) or min(ratios) < 0 or not abs(sum(ratios) - 1) <= 1e-6:
+        raise ValueError(
+            f'init_ratios must be {len(normalizers)} non-negative numbers that sum to 1, '
+            f'one for each of {normalizers}, got {ratios!r}'
+        )
+    tiny = torch.finfo(torch.float32).tiny  # in place of 0: a finite logit, yet 1 + tiny == 1
+    return [1 + math.log(len(ratios)) + math.log(max(ratio, tiny)) for ratio in ratios]
+
+
+_told: list | None = None
+
+
+def _tell_once(load: list) -> None:
+    """Say once a load (the list of missing keys is one object throughout) that BatchNorm weights were taken."""
+    global _told
+    if load is not _told:
+        _told = load
+        print_log(
+            'SwitchNorm layers take weight, bias and statistics from BatchNorm keys; their mean_weight and var_weight '
+            'are not in the checkpoint and keep their values.',
+            logger='current',
+        )

@@ -1,0 +1,282 @@
+"""``switch_norm``: the functional form of the layer, as ``F.batch_norm`` is of BatchNorm.
+
+One autograd Function runs the four passes of a backend and the algebra between them. Only the input and (N, C)-sized
+tensors are kept for backward.
+"""
+
+import functools
+import os
+import warnings
+
+import torch
+from torch import Tensor
+
+from . import native
+from .reference import NORMALIZERS, moments_dtype, switch_norm_reference
+
+_BACKENDS = ('reference', 'native', 'triton')
+
+
+def switch_norm(
+    x: Tensor,
+    mean_weight: Tensor,
+    var_weight: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
+    *,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    normalizers: tuple[str, ...] = NORMALIZERS,
+    group=None,
+) -> Tensor:
+    r"""Normalize by a learned blend of instance, layer and batch statistics.
+
+    .. math::
+        y = \gamma_c \frac{x - \sum_k w_k \mu_k}{\sqrt{\sum_k w'_k \sigma^2_k + \epsilon}} + \beta_c,
+        \quad w = \mathrm{softmax}(\text{mean\_weight}), \; w' = \mathrm{softmax}(\text{var\_weight})
+
+    from *Differentiable Learning-to-Normalize via Switchable Normalization* (Luo et al., ICLR 2019).
+
+    Args:
+        x: Input of any rank from 2 up. It is normalised with the biased variance.
+        mean_weight: Logits of the means' importance ratios, in the order of ``normalizers``.
+        var_weight: Logits of the variances' importance ratios, likewise.
+        weight: Scale, one a channel, or None for 1. Given together with ``bias``.
+        bias: Shift, one a channel, or None for 0.
+        running_mean: Running batch means, updated in place where ``training``. Without them the batch's own serve.
+        running_var: Running batch variances. They store the *unbiased* variance, as BatchNorm's do.
+        num_batches_tracked: Number of batches in the running statistics, incremented in place where ``training``.
+        training: Whether BN takes the batch's moments (and updates the running ones) or the running ones.
+            IN and LN always take the sample's. Defaults to False.
+        momentum: Weight of the *new* value in the running statistics, as everywhere in PyTorch; None
+            averages all batches equally, by ``num_batches_tracked``. Defaults to 0.1.
+        eps: Added to the variance. Defaults to 1e-5.
+        normalizers: Which of 'in', 'ln' and 'bn' take part, in this order. Defaults to all.
+        group: Process group to take the batch moments over, or None for this process alone. Every rank of the group
+            must call, also one whose batch is empty.
+
+    Shape:
+        - x: (N, C, \*); mean_weight, var_weight: (K,), K the number of normalizers; the others: (C,).
+        - Output: as x, in its dtype. An empty input gives an empty output and leaves the running statistics alone.
+
+    Raises:
+        ValueError: If a shape does not fit.
+        TypeError: If x is not floating point, or a parameter is neither of its dtype nor of its moments' dtype.
+        RuntimeError: If the environment variable ``SN_BACKEND`` names a backend that cannot run this call.
+
+    Examples:
+        >>> import torch
+        >>> from sn_openmmlab import switch_norm
+        >>> logits = torch.ones(3)
+        >>> switch_norm(torch.randn(2, 8, 5, 5), logits, logits, training=True).shape
+        torch.Size([2, 8, 5, 5])
+    """
+    _check(
+        x, mean_weight, var_weight, weight, bias, running_mean, running_var, num_batches_tracked, momentum, normalizers
+    )
+    batch = 'bn' in normalizers and (training or running_mean is None)
+    group = group if batch else None
+    mean_bn, var_bn = (running_mean, running_var) if 'bn' in normalizers and not batch else (None, None)
+
+    backend = _choose_backend(x)
+    if backend is None and group is not None:
+        raise RuntimeError(
+            'the reference formula, which SN_BACKEND=reference, torch.compile, tracing and torch.func take, does not '
+            'synchronise statistics; use SN in place of SyncSN there, or evaluation mode'
+        )
+    if backend is None:
+        y, mean, var = switch_norm_reference(
+            x, mean_weight, var_weight, weight, bias, mean_bn, var_bn, normalizers, eps
+        )
+        count = x.numel() // x.shape[1]
+    else:
+        y, mean, var, count = _SwitchNorm.apply(
+            x, mean_weight, var_weight, weight, bias, mean_bn, var_bn, normalizers, eps, group, backend
+        )
+    if batch and training and running_mean is not None:
+        _update(running_mean, running_var, num_batches_tracked, mean, var, count, momentum)
+    return y
+
+
+class _SwitchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, mean_weight, var_weight, weight, bias, mean_bn, var_bn, normalizers, eps, group, backend):
+        h = _maps(x)
+        if h.numel():
+            mean_in, var_in, y = backend.moments(h)
+        else:
+            mean_in, var_in = h.new_zeros(2, *h.shape[:2], dtype=moments_dtype(h.dtype))
+            y = torch.empty_like(h)
+        a, s, mean_bn, var_bn, count = backend.algebra.forward(
+            mean_in, var_in, mean_bn, var_bn, mean_weight, var_weight, weight, bias, normalizers, eps, h.shape[2], group
+        )
+        if h.numel():
+            backend.affine(h, mean_in, a, s, out=y)
+
+        ctx.save_for_backward(x, mean_weight, var_weight, weight, bias, mean_in, var_in, mean_bn, var_bn)
+        ctx.normalizers, ctx.eps, ctx.count, ctx.group, ctx.backend = normalizers, eps, count, group, backend
+        ctx.set_materialize_grads(False)
+        y = x.new_empty(0).set_(y.view(x.shape))  # no view of anything: ReLU(inplace=True) follows
+        if count is None:
+            return y, None, None, None
+        ctx.mark_non_differentiable(mean_bn, var_bn)
+        return y, mean_bn, var_bn, count
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        if dy is None:  # the output took no part, but the other ranks of a group wait for this one
+            dy = torch.zeros_like(ctx.saved_tensors[0])
+        grads = _differentiable_backward(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
+        return *grads, *[None] * 6
+
+
+def _backward(ctx, dy):
+    x, mean_weight, var_weight, weight, bias, mean_in, var_in, mean_bn, var_bn = ctx.saved_tensors
+    h = _maps(x)
+    dh = _like(_maps(dy), h)
+    if h.numel():
+        sum_dy, sum_dyx = ctx.backend.reduce(dh, h, mean_in)
+    else:
+        sum_dy, sum_dyx = torch.zeros_like(mean_in), torch.zeros_like(mean_in)
+    a, b1, b0, *small = ctx.backend.algebra.backward(
+        sum_dy, sum_dyx, mean_in, var_in, mean_bn, var_bn, mean_weight, var_weight, weight,
+        ctx.normalizers, ctx.eps, h.shape[2], ctx.count, ctx.group,
+    )  # fmt: skip
+    dx = None
+    if ctx.needs_input_grad[0]:
+        dx = ctx.backend.combine(dh, h, mean_in, a, b1, b0) if h.numel() else torch.empty_like(h)
+        dx = dx.view(x.shape)
+    parameters = mean_weight, var_weight, weight, bias
+    return dx, *[None if p is None else grad.to(p.dtype) for p, grad in zip(parameters, small)]
+
+
+def _differentiable_backward(ctx, dy):
+    """The backward of double backward (``create_graph=True``): the reference's, which autograd sees through."""
+    if ctx.group is not None:
+        raise RuntimeError('switch_norm has no double backward with synchronised statistics; use SN in place of SyncSN')
+    *inputs, _, _, mean_bn, var_bn = ctx.saved_tensors
+    if ctx.count is not None:
+        mean_bn, var_bn = None, None
+    # views, so that the gradients end here and do not follow what the inputs were computed from
+    inputs = [None if t is None else t.view_as(t) for t in inputs]
+    wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad) if needed]
+    y = switch_norm_reference(*inputs, mean_bn, var_bn, ctx.normalizers, ctx.eps)[0]
+    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    return [next(grads) if needed else None for needed in ctx.needs_input_grad[:5]]
+
+
+def _maps(x: Tensor) -> Tensor:
+    """Any rank as (N, C, S), stored as such or, channels last, as (N, S, C); copied only where it is neither."""
+    h = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
+    return h if h.is_contiguous() or h.mT.is_contiguous() else h.contiguous()
+
+
+def _like(dy: Tensor, x: Tensor) -> Tensor:
+    """``dy`` stored as ``x`` is."""
+    return dy if dy.stride() == x.stride() else torch.empty_like(x).copy_(dy)
+
+
+@torch.no_grad()
+def _update(running_mean, running_var, num_batches_tracked, mean, var, count, momentum) -> None:
+    """Move the running statistics towards the batch's by ``momentum``; not at all where the batch was empty."""
+    if isinstance(count, Tensor):  # counted over a group: stays on the device
+        seen, unbiased = count.clamp(max=1), count / (count - 1).clamp(min=1)
+    else:
+        seen, unbiased = min(count, 1), count / max(count - 1, 1)
+    if num_batches_tracked is not None:
+        num_batches_tracked += seen if isinstance(seen, int) else seen.to(num_batches_tracked)
+    if momentum is None:
+        momentum = 1 / num_batches_tracked.clamp(min=1).to(running_mean)
+    weight = momentum * seen
+    for running, new in (running_mean, mean), (running_var, var * unbiased):
+        running.lerp_(new.to(running.dtype), weight.to(running.dtype) if isinstance(weight, Tensor) else weight)
+
+
+def _choose_backend(x: Tensor):
+    """The module whose passes to run, or None for the reference."""
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or x.device.type in ('meta', 'mps')  # no values, no float64
+        or type(x) not in (Tensor, torch.nn.Parameter)
+    ):
+        return None
+    return _backend_on(x.device)
+
+
+def _backend_on(device: torch.device):
+    name = os.environ.get('SN_BACKEND')
+    if name and name not in _BACKENDS:
+        raise RuntimeError(f'SN_BACKEND is {name!r}; choose one of {list(_BACKENDS)} or unset it')
+    if name == 'reference':
+        return None
+    if name == 'native' or (not name and device.type != 'cuda'):
+        return native
+    triton = _triton()
+    if triton is not None and triton.runs_on(device):
+        return triton
+    if not name:
+        _warn_once(
+            'SwitchNorm takes slower kernels of torch: its own need Triton 3.2 or newer (`pip install triton`) and '
+            'compute capability 7 or newer'
+        )
+        return native
+    if triton is None:
+        raise RuntimeError("SN_BACKEND is 'triton', but Triton 3.2 or newer is missing; run `pip install triton`")
+    raise RuntimeError(
+        f"SN_BACKEND is 'triton', which does not run on {device}; move the input to a CUDA device, unset SN_BACKEND, "
+        'or set TRITON_INTERPRET=1 from the start to run the kernels in the interpreter'
+    )
+
+
+@functools.cache
+def _triton():
+    """The Triton backend, imported when first wanted; None where Triton is missing."""
+    try:
+        from . import triton
+    except ImportError:
+        return None
+    return triton
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=5)
+
+
+def _check(
+    x, mean_weight, var_weight, weight, bias, running_mean, running_var, num_batches_tracked, momentum, normalizers
+) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f'switch_norm got {x.dtype} input; convert it to a floating-point dtype, e.g. by x.float()')
+    if x.dim() < 2:
+        raise ValueError(f'switch_norm expects input of shape (N, C, *), got {tuple(x.shape)}')
+    if (weight is None) != (bias is None) or (running_mean is None) != (running_var is None):
+        raise ValueError('switch_norm takes weight and bias together, and running_mean and running_var together')
+    if momentum is None and running_mean is not None and num_batches_tracked is None:
+        raise ValueError('switch_norm with momentum=None averages by num_batches_tracked; pass it, or a momentum')
+    logits, channels = (len(normalizers),), (x.shape[1],)
+    for name, tensor, shape in (
+        ('mean_weight', mean_weight, logits),
+        ('var_weight', var_weight, logits),
+        ('weight', weight, channels),
+        ('bias', bias, channels),
+        ('running_mean', running_mean, channels),
+        ('running_var', running_var, channels),
+    ):
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(
+                f'{name} has shape {tuple(tensor.shape)} where {shape} was expected, '
+                f'for input of shape {tuple(x.shape)} and normalizers {normalizers}'
+            )
+        if tensor.dtype != x.dtype and tensor.dtype != moments_dtype(x.dtype):
+            raise TypeError(
+                f'{name} is {tensor.dtype} and the input is {x.dtype}; convert one, e.g. by layer.to(x.dtype)'
+            )

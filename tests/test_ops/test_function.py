@@ -1,0 +1,286 @@
+"""The functional form: torch's own norms -> reference -> every backend, with every gradient."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck, gradgradcheck
+
+from sn_openmmlab.ops import NORMALIZERS, switch_norm, switch_norm_reference
+
+BACKENDS = ['reference', 'native']
+SHAPES = [
+    (4, 6),  # 2-D: re-id heads
+    (3, 6, 5),  # 3-D: EncHead
+    (2, 6, 5, 7),  # odd sizes
+    (2, 6, 2, 3, 4),  # 5-D
+    (1, 6, 4, 4),  # one image per GPU
+    (2, 1, 4, 4),  # one channel: LN equals IN
+    (2, 6, 1, 1),  # pooled maps
+    (20, 6, 3, 3),  # RoIs: many small maps
+    (1, 6, 1, 1),  # BN and IN of torch raise here
+]
+LAYOUTS = ['contiguous', 'transposed', 'channels_last']
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch):
+    monkeypatch.setenv('SN_BACKEND', request.param)
+    return request.param
+
+
+def rand(*shape, seed=0, dtype=torch.float64, scale=1.0, shift=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale + shift).to(dtype)
+
+
+def laid_out(x, layout):
+    if layout == 'transposed':
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == 'channels_last':
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    return x
+
+
+def arguments(channels, names=NORMALIZERS, dtype=torch.float64, stats=False):
+    """Parameters away from their identity values."""
+    args = [rand(len(names), seed=1), rand(len(names), seed=2), rand(channels, seed=3, shift=1), rand(channels, seed=4)]
+    args = [a.to(dtype) for a in args]
+    if stats and 'bn' in names:
+        args += [rand(channels, seed=5, dtype=dtype), rand(channels, seed=6, dtype=dtype).square() + 0.5]
+    return args
+
+
+ONE_HOT = {'in': (50.0, 0.0, 0.0), 'ln': (0.0, 50.0, 0.0), 'bn': (0.0, 0.0, 50.0)}
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('name', NORMALIZERS)
+def test_one_hot_ratios_are_torchs_own_norms(backend, name, training):
+    x = rand(3, 6, 5, 7, scale=2, shift=3)
+    logits = torch.tensor(ONE_HOT[name]).double()
+    _, _, weight, bias, mean, var = arguments(6, stats=True)
+    y = switch_norm(x, logits, logits, weight, bias, mean.clone(), var.clone(), training=training)
+    expected = {
+        'in': lambda: F.instance_norm(x, weight=weight, bias=bias),
+        'ln': lambda: F.layer_norm(x, x.shape[1:]) * weight[:, None, None] + bias[:, None, None],
+        'bn': lambda: F.batch_norm(x, mean.clone(), var.clone(), weight, bias, training=training),
+    }[name]()
+    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('stats', [False, True], ids=['batch', 'frozen'])
+@pytest.mark.parametrize('names', [NORMALIZERS, ('in', 'ln'), ('ln', 'bn'), ('in',)], ids='-'.join)
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('shape', [(4, 3), (2, 3, 4), (2, 3, 2, 3), (2, 3, 2, 1, 2)], ids=str)
+def test_gradcheck(backend, shape, layout, names, stats):
+    if stats and 'bn' not in names:
+        pytest.skip('frozen statistics are BN statistics')
+    x = laid_out(rand(*shape), layout).requires_grad_()
+    args = [a.requires_grad_() for a in arguments(3, names)]
+    frozen = arguments(3, names, stats=True)[4:] if stats else []
+    assert gradcheck(lambda *a: switch_norm(*a, *frozen, training=not stats, normalizers=names, eps=0.1), (x, *args))
+
+
+def test_double_backward(backend):
+    x = rand(2, 3, 2, 2).requires_grad_()
+    args = [a.requires_grad_() for a in arguments(3)]
+    assert gradgradcheck(lambda *a: switch_norm(*a, training=True, eps=0.1), (x, *args))
+
+
+def test_double_backward_where_input_depends_on_the_parameters(backend):
+    """The gradient through the input and the direct one must not be mixed up."""
+    x, args = rand(2, 3, 2, 2), [a.requires_grad_() for a in arguments(3)]
+    assert gradgradcheck(lambda *a: switch_norm(x * a[2][:, None, None] + a[0].sum(), *a, training=True, eps=0.1), args)
+
+
+def test_torch_func_takes_the_reference():
+    x, args = rand(2, 3, 4, 4), arguments(3)
+    grad = torch.func.grad(lambda t: switch_norm(t, *args, training=True).pow(3).sum())(x)
+    leaf = x.clone().requires_grad_()
+    switch_norm(leaf, *args, training=True).pow(3).sum().backward()
+    torch.testing.assert_close(grad, leaf.grad, rtol=1e-10, atol=1e-10)
+
+
+def run(x, args, stats, dy, **kwargs):
+    leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, *args)]
+    y = switch_norm(*leaves, *(s.clone() for s in stats), **kwargs)
+    return [y, *torch.autograd.grad(y, leaves, dy)]
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+def test_native_equals_the_float64_reference(shape, dtype, layout, training, monkeypatch):
+    """Output and every gradient, parameters in float32 as under AMP."""
+    x, dy = (laid_out(rand(*shape, seed=s).to(dtype), layout) for s in (7, 8))
+    args, stats = arguments(shape[1], dtype=torch.float32), arguments(shape[1], stats=True, dtype=torch.float32)[4:]
+    monkeypatch.setenv('SN_BACKEND', 'native')
+    got = run(x, args, stats, dy, training=training, eps=1e-2)
+    monkeypatch.setenv('SN_BACKEND', 'reference')
+    doubled = [[t.double() for t in ts] for ts in (args, stats)]
+    expected = run(x.double(), *doubled, dy.double(), training=training, eps=1e-2)
+    assert got[0].dtype == dtype and got[1].dtype == dtype
+    if layout != 'transposed':
+        assert [s for s, n in zip(got[0].stride(), shape) if n > 1] == [s for s, n in zip(x.stride(), shape) if n > 1]
+    # y and dx are rounded to dtype (twice at most); sums are float32 of values that are exact in both
+    for name, a, b in zip(('y', 'dx', 'mean_weight', 'var_weight', 'weight', 'bias'), got, expected):
+        tolerance = 3 * torch.finfo(a.dtype).eps if name in ('y', 'dx') else 2e-5
+        scale = b.abs().max().clamp(min=1)
+        assert (a.double() - b).abs().max() <= tolerance * scale * (10 if dtype == torch.float32 else 1), name
+
+
+def test_half_parameters_follow_model_half(backend):
+    x, args = rand(2, 6, 5, 5, dtype=torch.float16), arguments(6, dtype=torch.float16, stats=True)
+    grads = run(x, args[:4], args[4:], x, training=True)
+    assert all(g.dtype == torch.float16 and g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize('momentum', [0.1, 0.0, 1.0, None])
+def test_running_statistics_equal_batch_norms(backend, momentum):
+    bn = torch.nn.BatchNorm2d(6, momentum=momentum, affine=False).double()
+    mean, var, tracked = (copy.deepcopy(b) for b in (bn.running_mean, bn.running_var, bn.num_batches_tracked))
+    logits, *_ = arguments(6)
+    for i in range(10):
+        x = rand(3, 6, 4, 5, seed=i, scale=i + 1, shift=i)
+        bn(x)
+        switch_norm(x, logits, logits, None, None, mean, var, tracked, training=True, momentum=momentum)
+    torch.testing.assert_close(mean, bn.running_mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(var, bn.running_var, rtol=1e-12, atol=1e-12)
+    assert tracked == bn.num_batches_tracked == 10
+
+
+DEGENERATE = {
+    'one image': rand(1, 4, 5, 5),
+    'one pixel': rand(3, 4, 1, 1),
+    'one image, one pixel': rand(1, 4, 1, 1),
+    'one channel': rand(3, 1, 5, 5),
+    'a single number': rand(1, 1, 1, 1),
+    'constant maps': torch.ones(2, 4, 5, 5) * rand(2, 4, 1, 1),
+    'zeros': torch.zeros(2, 4, 5, 5),
+    'mean 1e4, std 1': rand(2, 4, 50, 50, shift=1e4),
+}
+
+
+@pytest.mark.parametrize('names', [NORMALIZERS, ('in', 'ln'), ('in',), ('bn',)], ids='-'.join)
+@pytest.mark.parametrize('case', DEGENERATE)
+def test_degenerate_input_stays_finite(backend, case, names):
+    x = DEGENERATE[case].float()
+    args = arguments(x.shape[1], names, torch.float32)
+    stats = [torch.zeros(x.shape[1]), torch.ones(x.shape[1])] if 'bn' in names else [None, None]
+    leaves = [t.clone().requires_grad_() for t in (x, *args)]
+    y = switch_norm(*leaves, *stats, training=True, normalizers=names)
+    grads = torch.autograd.grad(y, leaves, torch.ones_like(y))
+    assert all(t.isfinite().all() for t in (y, *grads, *(s for s in stats if s is not None)))
+
+
+@pytest.mark.parametrize('logits', [(0.0, 0.0, 0.0), *ONE_HOT.values()], ids=str)
+def test_large_mean_is_as_accurate_as_torchs_norms(backend, logits):
+    """Batch norm is the yardstick; instance norm where all importance is on IN, whose means are each rounded."""
+    x = rand(2, 64, 50, 50, shift=1e4, dtype=torch.float32)
+    norm = F.instance_norm if logits == ONE_HOT['in'] else lambda t: F.batch_norm(t, None, None, training=True)
+    logits = torch.tensor(logits)
+    exact, *_ = switch_norm_reference(x.double(), *[logits.double()] * 2, None, None, None, None, NORMALIZERS, 1e-5)
+    error = (switch_norm(x, logits, logits, training=True) - exact).norm() / exact.norm()
+    theirs = (norm(x) - norm(x.double())).norm() / norm(x.double()).norm()
+    assert error <= 1.1 * theirs
+
+
+@pytest.mark.parametrize('names', [NORMALIZERS, ('in', 'ln')], ids='-'.join)
+@pytest.mark.parametrize('shape', [(0, 4, 7, 7), (0, 4), (2, 4, 0, 3)], ids=str)
+def test_empty_input(backend, shape, names):
+    x = torch.empty(shape).requires_grad_()
+    args = [a.requires_grad_() for a in arguments(4, names, torch.float32)]
+    before = arguments(4, stats=True, dtype=torch.float32)[4:]
+    stats = [s.clone() for s in before] if 'bn' in names else [None, None]
+    tracked = torch.tensor(3)
+    y = switch_norm(x, *args, *stats, tracked, training=True, normalizers=names)
+    assert y.shape == shape and y.requires_grad
+    y.sum().backward()
+    assert x.grad.shape == shape
+    assert all(a.grad is not None and not a.grad.any() for a in args)
+    if 'bn' in names:
+        assert tracked == 3 and all(torch.equal(a, b) for a, b in zip(stats, before))
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_only_the_input_is_kept_for_backward(training, monkeypatch):
+    monkeypatch.setenv('SN_BACKEND', 'native')
+    x = rand(2, 8, 32, 32, dtype=torch.float32).requires_grad_()
+    args = [a.requires_grad_() for a in arguments(8, dtype=torch.float32)]
+    stats = arguments(8, dtype=torch.float32, stats=True)[4:]
+    kept = []
+
+    def pack(t):
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        switch_norm(x, *args, *stats, training=training)
+    large = {t.data_ptr() for t in kept if t.numel() > 2 * 8}
+    assert large == {x.data_ptr()}
+    assert len(kept) <= 10
+
+
+def test_parameters_that_need_no_gradient_get_none(backend):
+    x, args = rand(2, 6, 4, 4), arguments(6)
+    leaves = [a.clone().requires_grad_() for a in args]
+    for needed in itertools.product([False, True], repeat=5):
+        if not any(needed):
+            continue
+        inputs = [t.detach().clone().requires_grad_(n) for t, n in zip((x, *leaves), needed)]
+        switch_norm(*inputs, training=True).square().sum().backward()
+        assert [t.grad is not None for t in inputs] == list(needed)
+
+
+def test_autocast_changes_nothing(backend):
+    """As for BatchNorm: the dtype that comes in goes out."""
+    args = arguments(6, dtype=torch.float32)
+    for dtype in torch.float32, torch.bfloat16:
+        x = rand(2, 6, 4, 4, dtype=dtype)
+        plain = switch_norm(x, *args, training=True)
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            y = switch_norm(x, *args, training=True)
+        assert y.dtype == dtype and torch.equal(y, plain)
+
+
+def test_the_output_feeds_views_and_in_place_relu(backend):
+    """ReLU(inplace=True) follows in every ConvModule; the input, not the output, is what backward needs."""
+    x, args = rand(2, 6, 4, 4).requires_grad_(), arguments(6)
+    F.relu_(switch_norm(x, *args, training=True)).sum().backward()
+    expected = torch.autograd.grad(F.relu(switch_norm(x, *args, training=True)).sum(), x)[0]
+    torch.testing.assert_close(x.grad, expected)
+
+
+@pytest.mark.parametrize(
+    'change, error, message',
+    [
+        (dict(x=torch.zeros(2, 6, dtype=torch.int64)), TypeError, r'torch\.int64.*x\.float\(\)'),
+        (dict(x=torch.zeros(6)), ValueError, r'\(N, C, \*\).*\(6,\)'),
+        (dict(weight=torch.ones(5)), ValueError, r'weight has shape \(5,\) where \(6,\)'),
+        (dict(mean_weight=torch.ones(2)), ValueError, r'mean_weight has shape \(2,\) where \(3,\)'),
+        (dict(bias=None), ValueError, 'weight and bias together'),
+        (dict(running_mean=torch.zeros(6)), ValueError, 'running_mean and running_var together'),
+        (dict(weight=torch.ones(6).double()), TypeError, r'weight is torch\.float64.*torch\.float32.*layer\.to'),
+        (dict(x=torch.zeros(2, 6).double()), TypeError, r'mean_weight is torch\.float32.*torch\.float64'),
+        (
+            dict(running_mean=torch.zeros(6), running_var=torch.ones(6), momentum=None),
+            ValueError,
+            'num_batches_tracked',
+        ),
+    ],
+)
+def test_wrong_input_says_what_and_how_to_mend_it(change, error, message):
+    args = dict(x=torch.zeros(2, 6), mean_weight=torch.ones(3), var_weight=torch.ones(3))
+    args |= dict(weight=torch.ones(6), bias=torch.zeros(6)) | change
+    with pytest.raises(error, match=message):
+        switch_norm(**args)
+
+
+def test_unknown_backend(monkeypatch):
+    monkeypatch.setenv('SN_BACKEND', 'cudnn')
+    with pytest.raises(RuntimeError, match="'cudnn'.*reference.*native"):
+        switch_norm(torch.zeros(2, 6), torch.ones(3), torch.ones(3))

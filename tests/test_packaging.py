@@ -1,0 +1,129 @@
+"""What users install: the wheel and the editable install, each in an environment of its own."""
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sn_openmmlab import __version__
+
+ROOT = Path(__file__).parents[1]
+SITE = Path(sysconfig.get_paths()['purelib'])
+CONFIG = 'mmdet/sn/mask-rcnn_r50_fpn_sn-all_2x_coco.py'
+
+# a user's own config, on top of one of ours
+PRINT_INHERITED = f"""
+import sn_openmmlab
+from mmengine.config import Config
+from mmengine.hub import get_config
+open('own.py', 'w').write("_base_ = 'sn_openmmlab::{CONFIG}'")
+assert get_config('sn_openmmlab::{CONFIG}').model == Config.fromfile('own.py').model
+print(sn_openmmlab.__file__, Config.fromfile('own.py').model.backbone.norm_cfg.type)
+"""
+
+
+@pytest.fixture(scope='module')
+def source(tmp_path_factory):
+    """A copy of the source tree, so that building leaves nothing in the real one."""
+    source = tmp_path_factory.mktemp('source')
+    ignore = shutil.ignore_patterns('.*', 'build', 'data', 'work_dirs', '*.egg-info', '__pycache__')
+    shutil.copytree(ROOT, source, ignore=ignore, dirs_exist_ok=True)
+    return source
+
+
+@pytest.fixture(scope='module')
+def wheel(source, tmp_path_factory):
+    """The wheel that ``pip wheel`` makes."""
+    folder = tmp_path_factory.mktemp('wheel')
+    run(sys.executable, *pip('wheel'), '--wheel-dir', folder, source)
+    return next(folder.glob('*.whl'))
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """The python of a fresh environment, which finds this one's packages, but not the package that it has installed."""
+    run(sys.executable, '-m', 'venv', '--without-pip', tmp_path / 'venv')
+    site = next((tmp_path / 'venv/lib').glob('python*/site-packages'))
+    (site / 'others.pth').write_text(str(SITE))  # .pth files in there, as those of editable installs, are not followed
+    return tmp_path / 'venv/bin/python'
+
+
+def pip(command):
+    return ['-m', 'pip', command, '--quiet', '--no-deps', '--no-index', '--no-build-isolation']
+
+
+def run(*command, **kwargs):
+    done = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def files(folder):
+    """Relative paths of the files under ``folder`` that belong to the project."""
+    return {p.relative_to(folder).as_posix() for p in folder.rglob('*') if p.is_file() and '__pycache__' not in p.parts}
+
+
+def test_the_wheel_carries_package_configs_and_tools(wheel, source, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    mim = tmp_path / 'sn_openmmlab/.mim'
+    assert files(mim / 'configs') == files(source / 'configs') and files(mim / 'configs')
+    assert files(mim / 'tools') == files(source / 'tools') > {'train.py', 'test.py', 'dist_train.sh'}
+    assert not any(p.is_symlink() for p in mim.rglob('*'))
+    metafiles = yaml.safe_load((mim / 'model-index.yml').read_text())['Import']
+    assert metafiles and all((mim / metafile).is_file() for metafile in metafiles)
+    modules = {p for p in files(tmp_path / 'sn_openmmlab') if p.endswith('.py') and not p.startswith('.mim')}
+    assert modules == {p for p in files(source / 'sn_openmmlab') if p.endswith('.py')}
+    assert {p.name for p in tmp_path.iterdir()} == {'sn_openmmlab', f'sn_openmmlab-{__version__}.dist-info'}
+
+
+def test_metadata(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    metadata = importlib.metadata.PathDistribution(next(tmp_path.glob('*.dist-info'))).metadata
+    assert metadata['Name'] == 'sn-openmmlab' and metadata['Version'] == __version__
+    assert metadata['Requires-Python'] == '>=3.10'
+    assert [r for r in metadata.get_all('Requires-Dist') if 'extra' not in r] == ['torch>=2.1']
+    assert set(metadata.get_all('Provides-Extra')) == {'onedl', 'openmmlab', 'dev'}
+    assert list(tmp_path.glob('*.dist-info/**/LICENSE'))
+
+
+def test_an_installed_wheel(wheel, environment, tmp_path):
+    """Its configs can be inherited from, and its tools run, as ``mim train sn_openmmlab CONFIG`` runs them."""
+    run(environment, *pip('install'), '--ignore-installed', wheel)
+    place, norm = run(environment, '-c', PRINT_INHERITED, cwd=tmp_path).split()
+    assert Path(place).is_relative_to(tmp_path) and norm == 'SN'
+    tools = Path(place).parent / '.mim/tools'
+    assert 'usage: train.py' in run(environment, tools / 'train.py', '--help')
+    assert os.access(tools / 'dist_train.sh', os.X_OK)
+
+
+def test_an_editable_install(source, environment, tmp_path):
+    run(environment, *pip('install'), '--ignore-installed', '--editable', source)
+    place, norm = run(environment, '-c', PRINT_INHERITED, cwd=tmp_path).split()
+    assert Path(place) == source / 'sn_openmmlab/__init__.py' and norm == 'SN'
+    new = source / 'configs' / CONFIG.replace('mask', 'new')
+    shutil.copy(source / 'configs' / CONFIG, new)  # an editable install follows the source tree
+    assert (source / 'sn_openmmlab/.mim/configs' / CONFIG.replace('mask', 'new')).read_text() == new.read_text()
+    new.unlink()
+
+
+def test_without_mmengine_import_says_what_to_install(tmp_path):
+    """In an environment that has every package of this one but mmengine."""
+    for path in SITE.iterdir():
+        if 'mmengine' not in path.name:
+            (tmp_path / path.name).symlink_to(path)
+    done = subprocess.run(
+        [sys.executable, '-S', '-c', 'import torch, sn_openmmlab'],
+        env=os.environ | dict(PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)])),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert 'ImportError: sn_openmmlab needs mmengine' in done.stderr
+    assert "pip install 'sn-openmmlab[onedl]'" in done.stderr and "'sn-openmmlab[openmmlab]'" in done.stderr
