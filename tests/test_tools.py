@@ -1,0 +1,321 @@
+"""tools/train.py and tools/test.py as users run them: real configs, on tiny data, in processes of their own."""
+
+import importlib
+import os
+import pickle
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.logging import HistoryBuffer
+
+TOOLS = Path(__file__).parents[1] / 'tools'
+
+# no random augmentation and no random sampling: mmengine does not save the state of the random number generators
+DETECTOR = """
+_base_ = ['mmdet::_base_/models/retinanet_r50_fpn.py', 'mmdet::_base_/default_runtime.py']
+custom_imports = dict(imports=['sn_openmmlab'], allow_failed_imports=False)
+norm_cfg = dict(type='SN', requires_grad=True)
+model = dict(
+    type='FCOS',
+    backbone=dict(depth=18, base_channels=16, stem_channels=16, frozen_stages=-1, norm_cfg=norm_cfg, norm_eval=False,
+                  init_cfg=None),
+    neck=dict(in_channels=[16, 32, 64, 128], out_channels=16, norm_cfg=norm_cfg),
+    bbox_head=dict(_delete_=True, type='FCOSHead', in_channels=16, feat_channels=16, stacked_convs=1, num_classes=4,
+                   strides=[8, 16, 32, 64, 128], norm_cfg=norm_cfg),
+    test_cfg=dict(max_per_img=5))
+metainfo = dict(classes=('circle', 'rectangle', 'triangle', 'star'))
+loads = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True),
+         dict(type='Resize', scale=(64, 64))]
+keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')
+train_dataloader = dict(
+    batch_size=2, num_workers=1, sampler=dict(type='InfiniteSampler'),
+    dataset=dict(
+        type='CocoDataset', data_root=DATA, ann_file='annotations/instances_train.json', metainfo=metainfo,
+        data_prefix=dict(img='images/train/'), pipeline=[*loads, dict(type='PackDetInputs')]))
+test_dataloader = dict(
+    batch_size=1, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type='CocoDataset', data_root=DATA, ann_file='annotations/instances_val.json', metainfo=metainfo,
+        data_prefix=dict(img='images/val/'), test_mode=True,
+        pipeline=[*loads, dict(type='PackDetInputs', meta_keys=keys)]))
+test_evaluator = dict(type='CocoMetric', ann_file=DATA + '/annotations/instances_val.json')
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=4, val_interval=4)
+test_cfg = dict(type='TestLoop')
+optim_wrapper = dict(optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05), paramwise_cfg=dict(norm_decay_mult=0.))
+param_scheduler = [dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=10)]
+default_hooks = dict(logger=dict(interval=1), checkpoint=dict(by_epoch=False, interval=100))
+log_processor = dict(by_epoch=False)
+randomness = dict(seed=0, deterministic=True)
+"""
+
+# without custom_imports: the tools register SN all the same
+SEGMENTOR = """
+_base_ = ['mmseg::_base_/models/fcn_r50-d8.py', 'mmseg::_base_/default_runtime.py']
+norm_cfg = dict(type='SN', requires_grad=True)
+model = dict(
+    data_preprocessor=dict(size=(64, 64)), pretrained=None,
+    backbone=dict(depth=18, base_channels=16, stem_channels=16, norm_cfg=norm_cfg),
+    decode_head=dict(in_channels=128, channels=16, num_classes=5, norm_cfg=norm_cfg),
+    auxiliary_head=dict(in_channels=64, channels=16, num_classes=5, norm_cfg=norm_cfg))
+metainfo = dict(classes=('background', 'circle', 'rectangle', 'triangle', 'star'),
+                palette=[[0, 0, 0], [230, 60, 60], [60, 180, 75], [60, 100, 230], [250, 190, 30]])
+load, annotate, pack = dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'), dict(type='PackSegInputs')
+train_dataloader = dict(
+    batch_size=2, num_workers=0, sampler=dict(type='InfiniteSampler'),
+    dataset=dict(
+        type='BaseSegDataset', data_root=DATA, metainfo=metainfo,
+        data_prefix=dict(img_path='images/train', seg_map_path='semantic/train'), pipeline=[load, annotate, pack]))
+test_dataloader = dict(
+    batch_size=1, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type='BaseSegDataset', data_root=DATA, metainfo=metainfo,
+        data_prefix=dict(img_path='images/val', seg_map_path='semantic/val'), pipeline=[load, annotate, pack]))
+test_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
+tta_pipeline = [load, dict(type='TestTimeAug', transforms=[
+    [dict(type='RandomFlip', prob=0.), dict(type='RandomFlip', prob=1.)], [annotate], [pack]])]
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=1, val_interval=1)
+test_cfg = dict(type='TestLoop')
+optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01))
+auto_scale_lr = dict(base_batch_size=16)
+default_hooks = dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=1),
+                     visualization=dict(type='SegVisualizationHook'))
+"""
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    """A folder with data, and the configs det.py and seg.py."""
+    place = tmp_path_factory.mktemp('tools')
+    call(place, sys.executable, TOOLS / 'make_demo_data.py', 'data', '--train', '4', '--val', '2', '--size', '64x64')
+    for name, text in ('det.py', DETECTOR), ('seg.py', SEGMENTOR):
+        (place / name).write_text(f'DATA = {str(place / "data")!r}\n{text}')
+    return place
+
+
+@pytest.fixture(scope='module')
+def detector(place):
+    """The checkpoint of a training of det.py straight through."""
+    call(place, sys.executable, TOOLS / 'train.py', 'det.py', '--work-dir', 'straight')
+    return place / 'straight/iter_4.pth'
+
+
+def call(place, *command, fails=False):
+    """Run a command in the folder ``place`` and return what it printed. Runs on the CPU, so that results are exact."""
+    env = os.environ | dict(CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1', PORT=str(free_port()))
+    env['PATH'] = f'{Path(sys.executable).parent}{os.pathsep}{env["PATH"]}'
+    done = subprocess.run(
+        [*map(str, command)], cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert (done.returncode != 0) == fails, done.stdout
+    return done.stdout
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def load(path):
+    return torch.load(path, weights_only=False)  # our own
+
+
+def tensors(tree, prefix=''):
+    """All tensors of a checkpoint by their path."""
+    if isinstance(tree, torch.Tensor):
+        return {prefix: tree}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return {k: v for key, value in items for k, v in tensors(value, f'{prefix}/{key}').items()}
+
+
+def test_resumed_training_equals_training_straight_through(place, detector):
+    """Bitwise: weights, SN's running statistics, and the optimizer's state."""
+    train = [sys.executable, TOOLS / 'train.py', 'det.py', '--work-dir', 'stopped']
+    call(place, *train, '--cfg-options', 'train_cfg.max_iters=2')
+    assert not (place / 'stopped/iter_4.pth').exists()
+    out = call(place, *train, '--resume')
+    assert 'resumed epoch: 0, iter: 2' in out
+    resumed, straight = load(place / 'stopped/iter_4.pth'), load(detector)
+    for part in 'state_dict', 'optimizer':
+        a, b = tensors(resumed[part]), tensors(straight[part])
+        assert len(a) > 50 and a.keys() == b.keys()
+        assert [name for name in a if not torch.equal(a[name], b[name])] == []
+    earlier = load(place / 'stopped/iter_2.pth')['state_dict']
+    name = 'backbone.layer1.0.bn1.mean_weight'
+    assert not torch.equal(earlier[name], straight['state_dict'][name])  # there was something to learn
+
+
+def test_evaluating_a_detector(place, detector):
+    out = call(
+        place, sys.executable, TOOLS / 'test.py', 'det.py', detector, '--work-dir', 'test',
+        '--out', 'predictions.pkl', '--show-dir', 'pictures', '--cfg-options', 'model.test_cfg.score_thr=0.0',
+    )  # fmt: skip
+    assert f'Load checkpoint from {detector}' in out and 'coco/bbox_mAP' in out
+    predictions = pickle.loads((place / 'predictions.pkl').read_bytes())
+    assert sorted(p['img_id'] for p in predictions) == [1, 2]
+    assert all(p['pred_instances']['bboxes'].shape == (5, 4) for p in predictions)
+    pictures = sorted((place / 'pictures').iterdir())
+    assert [p.name for p in pictures] == ['000001.jpg', '000002.jpg']
+    # ground truth and predictions side by side
+    assert all(cv2.imread(str(p)).shape == (64, 128, 3) for p in pictures)
+
+
+def test_augmented_detection(place, detector):
+    """mmdet's default flips; it is told apart by its NMS, which keeps boxes of both."""
+    command = [sys.executable, TOOLS / 'test.py', 'det.py', detector, '--work-dir', 'test', '--out', 'augmented.pkl']
+    call(place, *command, '--tta', '--cfg-options', 'model.test_cfg.score_thr=0.0', 'model.test_cfg.max_per_img=3')
+    predictions = pickle.loads((place / 'augmented.pkl').read_bytes())
+    assert all(3 < len(p['pred_instances']['bboxes']) <= 6 for p in predictions)
+
+
+def test_segmentation(place):
+    """Trains without --work-dir, in a config without custom_imports; --out and --show-dir as mmseg does it."""
+    out = call(place, sys.executable, TOOLS / 'train.py', 'seg.py', '--auto-scale-lr')
+    assert 'LR is set based on batch size of 16 and the current batch size is 2' in out
+    checkpoint = place / 'work_dirs/seg/iter_1.pth'
+    assert load(checkpoint)['optimizer']['param_groups'][0]['lr'] == pytest.approx(0.01 * 2 / 16)
+
+    options = ['--out', 'maps', '--show-dir', 'seg_pictures', '--tta']
+    out = call(place, sys.executable, TOOLS / 'test.py', 'seg.py', checkpoint, *options)
+    assert re.search(r'mIoU: +[\d.]+', out)
+    maps = sorted((place / 'maps').iterdir())
+    assert [p.name for p in maps] == ['000001.png', '000002.png']
+    assert all(cv2.imread(str(p), cv2.IMREAD_UNCHANGED).shape == (64, 64) for p in maps)
+    assert len(list((place / 'seg_pictures/vis_data/vis_image').glob('*.png'))) == 2
+
+
+def test_two_processes(place):
+    """dist_train.sh and dist_test.sh on the CPU: two processes with an image each do what one does with both."""
+    without_bn = [f"model.{part}.norm_cfg.normalizers=('in','ln')" for part in ('backbone', 'neck', 'bbox_head')]
+    options = ['--cfg-options', 'train_cfg.max_iters=1', *without_bn]
+    call(place, sys.executable, TOOLS / 'train.py', 'det.py', '--work-dir', 'one', *options)
+    two = ['--work-dir', 'two', *options, 'train_dataloader.batch_size=1']
+    out = call(place, TOOLS / 'dist_train.sh', 'det.py', 2, *two)
+    assert 'Distributed training: True' in out and 'GPU number: 2' in out
+    one, two = (tensors(load(place / name / 'iter_1.pth')['optimizer']) for name in ('one', 'two'))
+    gradients = [name for name in one if name.endswith('exp_avg')]
+    assert len(gradients) > 50
+    for name in gradients:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-5)
+
+    options = ['--work-dir', 'two', '--out', 'two.pkl', '--cfg-options', 'model.test_cfg.score_thr=0.0', *without_bn]
+    out = call(place, TOOLS / 'dist_test.sh', 'det.py', 'two/iter_1.pth', 2, *options)
+    assert 'coco/bbox_mAP' in out
+    assert sorted(p['img_id'] for p in pickle.loads((place / 'two.pkl').read_bytes())) == [1, 2]
+
+
+class Intruder:
+    """Makes a folder when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ('intruded',)
+
+
+def test_a_checkpoint_that_holds_code_is_refused(place):
+    torch.save(dict(state_dict={}, meta=Intruder()), place / 'intruder.pth')
+    out = call(place, sys.executable, TOOLS / 'test.py', 'det.py', 'intruder.pth', fails=True)
+    assert 'mkdir' in out and 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1' in out
+    assert not (place / 'intruded').exists()
+
+
+@pytest.fixture
+def read(tool, tmp_path, monkeypatch):
+    """Write an object as torch.save does, change the bytes, and read it as the tools do."""
+
+    def read(content, old=b'', new=b''):
+        path = tmp_path / 'saved.pth'
+        torch.save(content, path, _use_new_zipfile_serialization=False)
+        path.write_bytes(re.sub(old, new, path.read_bytes()) if old else path.read_bytes())
+        return torch.load(path)
+
+    monkeypatch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '1')
+    with torch.serialization.safe_globals(tool('safe_load').harmless()):
+        yield read
+
+
+@pytest.mark.skipif(torch.__version__ < '2.6', reason='torch before 2.6 unpickles')
+class TestReadingCheckpointsAsData:
+    @pytest.mark.parametrize('numpy', [b'numpy.core.', b'numpy._core.'], ids=['numpy 1', 'numpy 2'])
+    def test_what_mmengine_saves_beside_tensors_is_read(self, read, numpy):
+        content = dict(history=HistoryBuffer([0.5, 2.5], [1, 1]), scalar=np.float64(3), ints=np.arange(3))
+        loaded = read(content, rb'numpy\._?core\.', numpy)
+        assert loaded['history'].mean() == 1.5 and loaded['scalar'] == 3 and loaded['ints'].tolist() == [0, 1, 2]
+
+    @pytest.mark.parametrize('reached', [(HistoryBuffer, '__init__'), (np.ndarray, 'tofile')], ids=str)
+    def test_getattr_reaches_nothing_else(self, read, reached):
+        class Reacher:
+            def __reduce__(self):
+                return getattr, reached
+
+        with pytest.raises(pickle.UnpicklingError, match=reached[1]):
+            read(Reacher())
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    """Import a tool by name."""
+    monkeypatch.syspath_prepend(TOOLS)
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    yield importlib.import_module
+    for name in 'common', 'safe_load', 'train', 'test':
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    'name, argv, message',
+    [
+        ('train', ['none.py'], r"config 'none\.py' is no file"),
+        ('train', ['det.py', '--resume', 'none.pth'], r"checkpoint 'none\.pth' is no file"),
+        ('train', ['det.py', '--auto-scale-lr'], r'--auto-scale-lr: det\.py .*base_batch_size'),
+        ('train', ['det.py', '--amp'], '--amp needs a GPU'),
+        ('train', ['det.py', '--cfg-options', 'norm_cfg.type=BN'], r'norm_cfg\.type.*model\.backbone\.norm_cfg'),
+        ('train', ['det.py', '--cfg-options', 'default_scope=mmnone'], r"default_scope='mmnone'.*not installed"),
+        ('train', ['det.py', '--launcher', 'horovod'], "invalid choice: 'horovod'"),
+        ('test', ['det.py', 'none.pth'], r"checkpoint 'none\.pth' is no file"),
+        ('test', ['det.py', 'det.py', '--out', 'x.json'], r'--out x\.json: .*\.pkl'),
+        ('test', ['seg.py', 'seg.py', '--out', 'x.pkl'], r'--out x\.pkl: mmseg .*folder'),
+        ('test', ['seg.py', 'seg.py', '--tta', '--cfg-options', 'tta_model=None'], '--tta needs tta_model'),
+        ('test', ['det.py', 'det.py', '--show-dir', 'x', '--cfg-options', 'default_scope=mmcv'], 'mmdet and mmseg'),
+        (
+            'test',
+            ['seg.py', 'seg.py', '--show-dir', 'x', '--cfg-options', 'default_hooks.visualization=None'],
+            "visualization=dict.type='SegVisualizationHook'",
+        ),
+        ('test', ['seg.py', 'seg.py', '--show-dir', 'x', '--cfg-options', 'visualizer.vis_backends=[]'], 'LocalVisB'),
+        ('test', ['seg.py', 'seg.py', '--show-dir', 'x', '--show'], 'not both'),
+    ],
+)
+def test_wrong_input_ends_before_any_work(place, tool, monkeypatch, capsys, name, argv, message):
+    monkeypatch.chdir(place)
+    if '--amp' in argv and torch.cuda.is_available():
+        pytest.skip('has a GPU')
+    before = sorted(place.rglob('*'))
+    with pytest.raises(SystemExit) as ended:
+        tool(name).main(argv)
+    assert ended.value.code == 2
+    assert re.search(message, ' '.join(capsys.readouterr().err.split()))
+    assert sorted(place.rglob('*')) == before
+
+
+@pytest.mark.parametrize('script', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh', 'slurm_test.sh'])
+def test_scripts_say_how_to_call_them(tmp_path, script):
+    assert f'{script} ' in call(tmp_path, TOOLS / script, 'config.py', fails=True)
+
+
+@pytest.mark.parametrize('kind', ['train', 'test'])
+def test_slurm_scripts_start_the_tool_under_srun(tmp_path, monkeypatch, kind):
+    """With an srun that does what Slurm's does with its command: run it."""
+    (tmp_path / 'srun').write_text('#!/bin/sh\necho "$@"\nwhile [ "$1" != python ]; do shift; done\nexec "$@"\n')
+    (tmp_path / 'srun').chmod(0o755)
+    monkeypatch.setenv('PATH', str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv('GPUS', '2')
+    out = call(tmp_path, TOOLS / f'slurm_{kind}.sh', 'part', 'job', 'no config.py', 'last', fails=True)
+    assert '-p part --job-name=job --gres=gpu:8 --ntasks=2' in out
+    assert ("config 'no config.py' is no file" if kind == 'train' else "checkpoint 'last' is no file") in out

@@ -1,0 +1,91 @@
+"""What train.py and test.py share: their common options, reading the config, and starting mmengine's Runner."""
+
+import argparse
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.device import get_device
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+from safe_load import TRUST, read_checkpoints_as_data
+
+import sn_openmmlab  # noqa: F401  (registers SN, also where the config forgets custom_imports)
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that training and testing share, as mmdet's and mmseg's tools have them."""
+    parser.add_argument(
+        '--work-dir', help='folder of logs and checkpoints (default: the one in the config, or work_dirs/CONFIG)'
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        default={},
+        metavar='KEY=VALUE',
+        help="settings that override the config's, e.g. train_dataloader.batch_size=4 model.backbone.norm_cfg.type=SN; "
+        'lists as key="[a,b]" or key=a,b, without blanks',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='who started the processes of distributed work: dist_*.sh say pytorch, slurm_*.sh slurm (default: none)',
+    )
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help='set by old launchers')
+
+
+def load_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Config:
+    """Read the config that the command line names, and apply the common options to it.
+
+    The work folder is the first given of ``--work-dir``, the config's ``work_dir`` and work_dirs/CONFIG.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    check_file(parser, 'config', args.config)
+    for key in args.cfg_options:
+        if key.split('.')[0] == 'norm_cfg':
+            parser.error(
+                f'--cfg-options {key}: the variable norm_cfg was copied into the model when the config was read, so '
+                'that setting it now changes nothing; set model.backbone.norm_cfg.type and the like'
+            )
+    cfg = Config.fromfile(args.config)
+    cfg.merge_from_dict(args.cfg_options)
+    cfg.launcher = args.launcher
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs', Path(args.config).stem))
+    scope = cfg.get('default_scope') or 'mmengine'
+    if importlib.util.find_spec(scope) is None:
+        parser.error(f'{args.config} has default_scope={scope!r}, a library that is not installed; install it')
+    return cfg
+
+
+def check_file(parser: argparse.ArgumentParser, what: str, path: str) -> None:
+    """End with an error where ``path`` is no file; addresses such as https:// and torchvision:// pass."""
+    if '://' not in path and not Path(path).is_file():
+        parser.error(f'{what} {path!r} is no file (from {os.getcwd()})')
+
+
+def run(cfg: Config, work: Callable[[Runner], object]) -> None:
+    """Build the runner that the config describes and do ``work`` with it."""
+    read_checkpoints_as_data()
+    if cfg.launcher == 'pytorch' and get_device() == 'cpu':
+        join_cpu_group(cfg)
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    try:
+        work(runner)
+    except UnpicklingError as error:
+        raise SystemExit(
+            f'A checkpoint holds more than data, and reading it could run foreign code:\n{error}\n'
+            f'If you trust where it comes from, set the environment variable {TRUST}=1.'
+        ) from error
+
+
+def join_cpu_group(cfg: Config) -> None:
+    """Join torchrun's processes on a machine without GPU, where mmengine would insist on CUDA devices."""
+    torch.distributed.init_process_group('gloo')
+    wrapper = dict(broadcast_buffers=False, find_unused_parameters=cfg.get('find_unused_parameters', False))
+    cfg.model_wrapper_cfg = wrapper | cfg.get('model_wrapper_cfg', {}) | dict(device_ids=None)
