@@ -1,0 +1,149 @@
+"""One norm layer: forward, backward and evaluation, of SN and of torch's own norms.
+
+    python -m benchmarks.bench_switch_norm [--device cpu] [--dtype float32] [--layout contiguous] [--seconds 10]
+
+writes ``benchmarks/results/switch_norm_DEVICE_DTYPE_LAYOUT.json``. Ratios are of medians, to ``nn.BatchNorm2d``.
+"""
+
+import argparse
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.harness import Stopwatch, compare, environment, kept_bytes, peak_bytes, write
+from sn_openmmlab import SwitchNorm
+
+SHAPES = {  # the first five are those of the published comparison in this project's goal, the others come on top
+    'R-50-FPN stem': (2, 64, 200, 336),
+    'R-50-FPN stage 1, FPN': (2, 256, 100, 168),
+    'R-50-FPN stage 2': (2, 512, 50, 84),
+    'R-50-FPN stage 4': (2, 2048, 13, 21),
+    'box head': (256, 256, 7, 7),
+    'mask head': (64, 256, 14, 14),
+    'dilated R-50 stage 4': (2, 2048, 64, 64),
+}
+
+
+def on_backend(backend: str) -> Callable[[int], nn.Module]:
+    """SN on one backend, whatever would have been chosen."""
+
+    class Layer(SwitchNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            os.environ['SN_BACKEND'] = backend
+            try:
+                return super().forward(x)
+            finally:
+                del os.environ['SN_BACKEND']
+
+    return Layer
+
+
+def compiled(channels: int) -> nn.Module:
+    """SN under torch.compile, which takes the reference formula."""
+    torch._dynamo.reset()  # each layer compiles anew, and their number is limited
+    layer = SwitchNorm(channels)
+    layer.forward = torch.compile(layer.forward, dynamic=True, fullgraph=True)
+    return layer
+
+
+def providers(device: torch.device, with_compiled: bool) -> dict[str, Callable[[int], nn.Module]]:
+    """Constructors of the layers to compare, by name."""
+    makes = {
+        'BatchNorm': nn.BatchNorm2d,
+        'GroupNorm(32)': lambda c: nn.GroupNorm(32, c),
+        'InstanceNorm': lambda c: nn.InstanceNorm2d(c, affine=True),
+        'SN textbook': on_backend('reference'),
+        'SN native': on_backend('native'),
+    }
+    if device.type == 'cuda':
+        makes['SN triton'] = on_backend('triton')
+    if with_compiled:
+        makes['SN compiled'] = compiled
+    return makes
+
+
+def candidate(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], dict[str, float]]:
+    """A training step and an evaluation of one layer, timed by phase."""
+    inputs = [x, *layer.parameters()]
+
+    def run() -> dict[str, float]:
+        layer.train()
+        watch = Stopwatch(x.device)
+        y = layer(x)
+        watch.lap()
+        torch.autograd.grad(y, inputs, dy)
+        watch.lap()
+        forward, backward = watch.seconds()
+        del y
+        layer.eval()
+        with torch.no_grad():
+            watch = Stopwatch(x.device)
+            layer(x)
+            watch.lap()
+        return dict(forward=forward, backward=backward, both=forward + backward, eval=watch.seconds()[0])
+
+    return run
+
+
+def bound(x: Tensor) -> Callable[[], dict[str, float]]:
+    """The traffic bound: the bytes of the passes at the speed of a copy (one read, one write) into warm memory."""
+    x, y = x.detach(), torch.empty_like(x)
+
+    def run() -> dict[str, float]:
+        watch = Stopwatch(x.device)
+        torch.add(x, 1, out=y)
+        watch.lap()
+        copy = watch.seconds()[0] / 2
+        return dict(forward=3 * copy, backward=5 * copy, both=8 * copy, eval=3 * copy)
+
+    return run
+
+
+def bench_shape(shape, dtype, layout, device, makes, seconds) -> list[dict]:
+    """All providers on one shape, one row for each phase."""
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
+    if layout == 'channels_last':
+        x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
+    x.requires_grad_()
+    layers = {name: make(shape[1]).to(device) for name, make in makes.items()}
+    candidates = {name: candidate(layer, x, dy) for name, layer in layers.items()} | {'traffic bound': bound(x)}
+    times = compare(candidates, seconds)
+    rows = []
+    for name, phases in times.items():
+        layer = layers.get(name)
+        memory = {}
+        if layer is not None:
+            parameters = list(layer.parameters())
+            memory['kept_bytes'] = kept_bytes(lambda layer=layer: layer.train()(x), parameters)
+            memory['peak_bytes'] = peak_bytes(lambda run=candidates[name]: run(), x.device)
+        for phase, summary in phases.items():
+            ratio = summary['median'] / times['BatchNorm'][phase]['median']
+            rows.append(dict(shape=shape, provider=name, phase=phase, ratio=ratio, **summary, **memory))
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read the command line, measure, write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--dtype', default='float32', choices=['float32', 'float16', 'bfloat16', 'float64'])
+    parser.add_argument('--layout', default='contiguous', choices=['contiguous', 'channels_last'])
+    parser.add_argument('--seconds', type=float, default=10, help='about this long for each shape')
+    parser.add_argument('--no-compiled', action='store_true', help='leave out torch.compile')
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    makes = providers(device, not args.no_compiled)
+    result = dict(environment(device), dtype=args.dtype, layout=args.layout, names=list(SHAPES), rows=[])
+    for name, shape in SHAPES.items():
+        rows = bench_shape(shape, getattr(torch, args.dtype), args.layout, device, makes, args.seconds)
+        result['rows'] += rows
+        line = '  '.join(f'{r["provider"]} {r["ratio"]:.2f}' for r in rows if r['phase'] == 'both')
+        print(f'{name} {"x".join(map(str, shape))}: {line}', flush=True)
+    print('wrote', write(f'switch_norm_{device.type}_{args.dtype}_{args.layout}', result))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,134 @@
+"""Timing that can be trusted: candidates alternate in one process, and medians are compared.
+
+A candidate is a function without arguments that returns the seconds of each of its phases. In every round each
+candidate runs once, so that a drift of the machine's speed meets all of them.
+"""
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / 'results'
+
+
+class Stopwatch:
+    """Seconds between calls of :meth:`lap`, on the device: CUDA events, or the wall clock on the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == 'cuda'
+        self.laps = []
+        if self.cuda:
+            torch.cuda.synchronize()
+        self.lap()
+
+    def lap(self) -> None:
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.laps.append(event)
+        else:
+            self.laps.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """One number for each interval between two laps."""
+        if not self.cuda:
+            return [b - a for a, b in zip(self.laps, self.laps[1:])]
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) / 1e3 for a, b in zip(self.laps, self.laps[1:])]
+
+
+def compare(candidates: dict[str, Callable[[], dict[str, float]]], seconds: float = 10.0, rounds: int = 7) -> dict:
+    """Run the candidates in turn, after two rounds of warm-up, for about ``seconds``, and at least ``rounds`` times.
+
+    Returns:
+        {candidate: {phase: {'median', 'p20', 'p80' (seconds), 'runs'}}}
+    """
+    for _ in range(2):
+        for run in candidates.values():
+            run()
+    times = {name: [] for name in candidates}
+    start = time.perf_counter()
+    while len(next(iter(times.values()))) < rounds or time.perf_counter() - start < seconds:
+        for name, run in candidates.items():
+            times[name].append(run())
+    return {name: {phase: _summary([run[phase] for run in runs]) for phase in runs[0]} for name, runs in times.items()}
+
+
+def _summary(seconds: list[float]) -> dict:
+    p20, _, _, p80 = statistics.quantiles(seconds, n=5)
+    return dict(median=statistics.median(seconds), p20=p20, p80=p80, runs=len(seconds))
+
+
+def kept_bytes(forward: Callable[[], object], parameters: list[torch.Tensor]) -> int:
+    """Bytes that autograd keeps between forward and backward, parameters not counted, storages counted once."""
+    known = {p.untyped_storage().data_ptr() for p in parameters}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(storages.values())
+
+
+def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
+    """Most bytes allocated at a time during ``step``, above those before it."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == '[memory]':
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def environment(device: torch.device) -> dict:
+    """What a figure depends on."""
+    return dict(
+        device=torch.cuda.get_device_name(device) if device.type == 'cuda' else _cpu_name(),
+        threads=torch.get_num_threads(),
+        load=os.getloadavg()[0],
+        torch=torch.__version__,
+        python=platform.python_version(),
+        date=datetime.date.today().isoformat(),
+        commit=subprocess.run(
+            ['git', 'describe', '--always', '--dirty'], capture_output=True, text=True, cwd=RESULTS.parent
+        ).stdout.strip(),
+    )
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path('/proc/cpuinfo')
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
+    return names[0] if names else platform.processor()
+
+
+def write(name: str, result: dict) -> Path:
+    """Write a result file, whole or not at all."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f'{name}.json'
+    partial = path.with_suffix('.partial')
+    partial.write_text(json.dumps(result, indent=1) + '\n')
+    partial.replace(path)
+    return path

@@ -1,0 +1,152 @@
+"""Result files to the tables of benchmarks/README.md and to plots.
+
+python -m benchmarks.report           # rewrite what stands between the markers of benchmarks/README.md, and the plot
+python -m benchmarks.report --check   # fail if that would change the tables
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+from benchmarks.harness import RESULTS
+
+README = RESULTS.parent.parent / 'README.md'
+DETAILS = RESULTS.parent / 'README.md'
+PLOT = RESULTS.parent.parent / 'docs/images/switch_norm_cpu.png'
+PHASES = ('forward', 'backward', 'both', 'eval')
+REFERENCE_SHAPES = 5  # the shapes that geometric means are taken over
+
+
+def load(pattern: str) -> list[dict]:
+    """The result files that match, in the order of their names."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))]
+
+
+def geometric_mean(values: list[float]) -> float:
+    """The mean of ratios."""
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def layer_tables(result: dict) -> str:
+    """Ratios to BatchNorm by provider: one row for each shape, one table for each phase."""
+    shapes = list(dict.fromkeys(tuple(row['shape']) for row in result['rows']))
+    providers = list(dict.fromkeys(row['provider'] for row in result['rows']))
+    cells = {(tuple(r['shape']), r['provider'], r['phase']): r for r in result['rows']}
+    text = [f'### {result["dtype"]}, {result["layout"].replace("_", " ")}, {result["device"]}', '', _conditions(result)]
+    for phase, title in zip(PHASES, ('Forward', 'Backward', 'Forward and backward', 'Evaluation')):
+        text += ['', f'{title}: ratio of medians to BatchNorm (BatchNorm itself in ms)', '']
+        text += ['| shape | ' + ' | '.join(providers) + ' |', '| :--- |' + ' ---: |' * len(providers)]
+        for shape in shapes:
+            row = [cells[shape, name, phase] for name in providers]
+            ratios = [
+                f'{1e3 * r["median"]:.2f} ms' if r['provider'] == 'BatchNorm' else f'{r["ratio"]:.2f}' for r in row
+            ]
+            text.append('| ' + ' | '.join(['x'.join(map(str, shape)), *ratios]) + ' |')
+        means = [
+            geometric_mean([cells[shape, name, phase]['ratio'] for shape in shapes[:REFERENCE_SHAPES]])
+            for name in providers
+        ]
+        label = f'geometric mean of the first {REFERENCE_SHAPES}'
+        text.append('| ' + ' | '.join([label, *(f'{m:.2f}' for m in means)]) + ' |')
+    text += ['', 'Kept for backward, as a multiple of the input', '']
+    named = [name for name in providers if 'kept_bytes' in cells[shapes[0], name, 'both']]
+    text += ['| shape | ' + ' | '.join(named) + ' |', '| :--- |' + ' ---: |' * len(named)]
+    size = {'float64': 8, 'float32': 4}.get(result['dtype'], 2)
+    for shape in shapes:
+        row = [f'{cells[shape, name, "both"]["kept_bytes"] / (math.prod(shape) * size):.2f}' for name in named]
+        text.append('| ' + ' | '.join(['x'.join(map(str, shape)), *row]) + ' |')
+    return '\n'.join(text)
+
+
+def summary(result: dict) -> str:
+    """SN on this device's kernels, by its textbook formula, and GroupNorm, as ratios to BatchNorm: geometric means."""
+    names = [name for name in ('SN native', 'SN triton', 'SN textbook', 'GroupNorm(32)') if _of(result, name, 'both')]
+    text = [f'{result["dtype"]}, {result["device"]}, {_conditions(result)}', '']
+    text += ['| time / BatchNorm2d | ' + ' | '.join(names) + ' |', '| :--- |' + ' ---: |' * len(names)]
+    for phase, title in zip(PHASES, ('forward', 'backward', 'forward and backward', 'evaluation')):
+        means = [f'{geometric_mean(_of(result, name, phase)[:REFERENCE_SHAPES]):.2f}' for name in names]
+        text.append('| ' + ' | '.join([f'{title}, geometric mean of {REFERENCE_SHAPES} shapes', *means]) + ' |')
+    worst = [f'{max(_of(result, name, "both")[:REFERENCE_SHAPES]):.2f}' for name in names]
+    text.append('| ' + ' | '.join(['forward and backward, slowest of them', *worst]) + ' |')
+    return '\n'.join(text)
+
+
+def _of(result: dict, provider: str, phase: str) -> list[float]:
+    return [r['ratio'] for r in result['rows'] if (r['provider'], r['phase']) == (provider, phase)]
+
+
+def model_table(result: dict) -> str:
+    """Seconds a training step, ratio to BN, peak memory."""
+    text = [f'### Training steps, {result["device"]}', '', _conditions(result), '']
+    text += ['| model | images | norm | step (s), 20 to 80 % | ratio to BN | peak memory (MiB) |']
+    text += ['| :--- | :--- | :--- | ---: | ---: | ---: |']
+    for r in result['rows']:
+        span = f'{r["median"]:.3f} ({r["p20"]:.3f} to {r["p80"]:.3f})'
+        size, peak = 'x'.join(map(str, r['size'])), r['peak_bytes'] / 2**20
+        text.append(f'| {r["model"]} | {size} | {r["norm"]} | {span} | {r["ratio"]:.2f} | {peak:.0f} |')
+    return '\n'.join(text)
+
+
+def _conditions(result: dict) -> str:
+    return (
+        f'torch {result["torch"]}, {result["threads"]} threads, load {result["load"]:.1f} at the start, '
+        f'{result["date"]}, commit {result["commit"]}.'
+    )
+
+
+def plot(result: dict, path: Path) -> None:
+    """Forward and backward of every provider as bars, BatchNorm as the line at 1."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+
+    rows = [r for r in result['rows'] if r['phase'] == 'both' and r['provider'] != 'BatchNorm']
+    shapes = list(dict.fromkeys(tuple(r['shape']) for r in rows))
+    providers = list(dict.fromkeys(r['provider'] for r in rows))
+    figure, axes = plt.subplots(figsize=(10, 3.6), layout='constrained')
+    width = 0.8 / len(providers)
+    for i, name in enumerate(providers):
+        heights = [r['ratio'] for r in rows if r['provider'] == name]
+        axes.bar([s + i * width for s in range(len(shapes))], heights, width, label=name)
+    axes.axhline(1, color='black', linewidth=1)
+    axes.set_yscale('log', base=2)
+    axes.set_yticks([0.5, 1, 2, 4, 8], ['0.5', '1', '2', '4', '8'])
+    axes.set_xticks(
+        [s + 0.4 - width / 2 for s in range(len(shapes))], ['x'.join(map(str, s)) for s in shapes], fontsize=8
+    )
+    axes.set_ylabel('time / BatchNorm2d')
+    axes.set_title(f'Forward and backward, {result["dtype"]}, {result["device"]}', fontsize=10)
+    axes.legend(ncols=len(providers), fontsize=8, loc='upper center', bbox_to_anchor=(0.5, -0.12), frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Rewrite or check the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--check', action='store_true')
+    args = parser.parse_args(argv)
+    tables = {
+        README: [*map(summary, load('switch_norm_*_float32_contiguous.json'))],
+        DETAILS: [*map(model_table, load('models_*.json')), *map(layer_tables, load('switch_norm_*.json'))],
+    }
+    begin, end = '<!-- tables begin -->', '<!-- tables end -->'
+    for path, parts in tables.items():
+        text = path.read_text()
+        new = re.sub(f'{begin}.*{end}', lambda _, parts=parts: '\n\n'.join([begin, *parts, end]), text, flags=re.DOTALL)
+        if args.check and new != text:
+            sys.exit(f'{path} is not what the result files say; run python -m benchmarks.report')
+        path.write_text(new)
+    if args.check:
+        return
+    for result in load('switch_norm_cpu_float32_contiguous.json'):
+        plot(result, PLOT)
+    print('wrote', *tables)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,43 @@
+"""The harness measures what it says, and the tables say what the result files say."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks import report  # noqa: E402
+from benchmarks.bench_switch_norm import bench_shape, on_backend  # noqa: E402
+from benchmarks.harness import compare, kept_bytes  # noqa: E402
+from sn_openmmlab import SwitchNorm  # noqa: E402
+
+
+def test_tables_are_generated_from_the_result_files():
+    report.main(['--check'])
+
+
+def test_candidates_alternate_after_warm_up():
+    order = []
+
+    def candidate(name, seconds):
+        return lambda: (order.append(name), dict(step=seconds))[1]
+
+    times = compare({'a': candidate('a', 1.0), 'b': candidate('b', 2.0)}, seconds=0, rounds=5)
+    assert order == ['a', 'b'] * 7
+    assert times['b']['step'] == dict(median=2.0, p20=2.0, p80=2.0, runs=5)
+
+
+def test_switch_norm_keeps_its_input_and_little_more():
+    layer, x = SwitchNorm(8), torch.randn(2, 8, 64, 64, requires_grad=True)
+    kept = kept_bytes(lambda: layer(x), list(layer.parameters()))
+    assert x.nbytes <= kept <= 1.01 * x.nbytes
+
+
+def test_rows_hold_every_provider_and_phase():
+    makes = {'BatchNorm': torch.nn.BatchNorm2d, 'SN native': on_backend('native')}
+    rows = bench_shape((2, 4, 8, 8), torch.float32, 'channels_last', torch.device('cpu'), makes, seconds=0)
+    phases = {(r['provider'], r['phase']) for r in rows}
+    assert phases == {(p, f) for p in (*makes, 'traffic bound') for f in report.PHASES}
+    assert all(r['ratio'] == pytest.approx(1) for r in rows if r['provider'] == 'BatchNorm')
