@@ -41,7 +41,8 @@ def forward(
     *_, shift, rstd = _blend(mean, var, square, mean_bn, var_bn, mean_weight, var_weight, normalizers, eps)
     a = rstd if weight is None else weight * rstd
     s = -shift * a if bias is None else torch.addcmul(bias.double(), shift, a, value=-1)
-    return a.to(mean_in.dtype), s.to(mean_in.dtype), mean_bn, var_bn, count
+    a, s = (t.to(mean_in.dtype).expand_as(mean_in) for t in (a, s))  # BN alone gives one row for all samples
+    return a, s, mean_bn, var_bn, count
 
 
 def backward(

@@ -133,6 +133,21 @@ def test_native_equals_the_float64_reference(shape, dtype, layout, training, mon
         assert (a.double() - b).abs().max() <= tolerance * scale * (10 if dtype == torch.float32 else 1), name
 
 
+@pytest.mark.parametrize('affine', [True, False], ids=['affine', 'plain'])
+@pytest.mark.parametrize('names', [n for k in (1, 2) for n in itertools.combinations(NORMALIZERS, k)], ids='-'.join)
+def test_every_subset_of_normalizers(names, affine):
+    """LN or BN alone give coefficients that samples or channels share, while the kernels take one for each map."""
+    x, dy = rand(3, 8, 9, 9, seed=7), rand(3, 8, 9, 9, seed=8)
+    args = arguments(8, names)
+    results = []
+    for backend in BACKENDS:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv('SN_BACKEND', backend)
+            results.append(run(x, args[: 4 if affine else 2], [], dy, training=True))
+    for expected, got in zip(*results):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_half_parameters_follow_model_half(backend):
     x, args = rand(2, 6, 5, 5, dtype=torch.float16), arguments(6, dtype=torch.float16, stats=True)
     grads = run(x, args[:4], args[4:], x, training=True)
