@@ -9,12 +9,13 @@ if importlib.util.find_spec('mmengine') is None:
         "or 'sn-openmmlab[openmmlab]' for upstream's"
     )
 
-from . import bases
+from . import bases, flops
 from .layers import SwitchNorm, SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SyncSN
 from .ops import switch_norm
 from .version import __version__
 
 bases.register()
+flops.register()
 
 __all__ = [
     'SwitchNorm',
