@@ -76,10 +76,10 @@ class Block(nn.Module):
 BLOCKS = {18: (1, (2, 2, 2, 2)), 50: (4, (3, 4, 6, 3))}
 
 
-def stages(depth, inputs=64, numbers=(1, 2, 3, 4), **kwargs):
+def stages(depth, inputs=64, numbers=(1, 2, 3, 4), width=64, **kwargs):
     expansion, counts = BLOCKS[depth]
     for number in numbers:
-        planes = 32 * 2**number
+        planes = width * 2 ** (number - 1)
         blocks = []
         for i in range(counts[number - 1]):
             blocks.append(Block(inputs, planes, 2 if i == 0 and number > 1 else 1, expansion, **kwargs))
@@ -90,7 +90,7 @@ def stages(depth, inputs=64, numbers=(1, 2, 3, 4), **kwargs):
 class ResNet(nn.Module):
     """The authors' ResNet v1 for ImageNet, and with ``deep_stem`` MIT CSAIL's. Gives the features of all stages."""
 
-    def __init__(self, depth=50, deep_stem=False, fc=True, **kwargs):
+    def __init__(self, depth=50, deep_stem=False, fc=True, width=64, **kwargs):
         super().__init__()
         sn = {key: value for key, value in kwargs.items() if key == 'with_bn'}
         self.deep_stem = deep_stem
@@ -99,11 +99,11 @@ class ResNet(nn.Module):
                 setattr(self, f'conv{i}', conv(*size))
                 setattr(self, f'sn{i}', SN(size[1], **sn))
         else:
-            self.conv1, self.sn1 = conv(3, 64, 7, 2), SN(64, **sn)
-        for number, stage in stages(depth, 128 if deep_stem else 64, **kwargs):
+            self.conv1, self.sn1 = conv(3, width, 7, 2), SN(width, **sn)
+        for number, stage in stages(depth, 128 if deep_stem else width, width=width, **kwargs):
             setattr(self, f'layer{number}', stage)
         if fc:
-            self.fc = nn.Linear(512 * BLOCKS[depth][0], 10)
+            self.fc = nn.Linear(8 * width * BLOCKS[depth][0], 10)
         self.double().eval()
 
     def forward(self, x):

@@ -92,12 +92,12 @@ class TestResNet:
     def theirs(self, tmp_path_factory):
         """A checkpoint as the authors' training code writes it."""
         torch.manual_seed(0)
-        net = ResNet(50)
-        state = OrderedDict((f'module.{key}', value) for key, value in net.state_dict().items())
+        net = ResNet(50).float()
+        state = OrderedDict((f'module.{key}', value.clone()) for key, value in net.state_dict().items())
         assert {tuple(state[f'module.layer1.0.sn1.{name}'].shape) for name in ('weight', 'bias')} == {(1, 64, 1, 1)}
         assert {'module.layer1.0.downsample.1.running_var', 'module.fc.bias'} <= state.keys()
         path = tmp_path_factory.mktemp('theirs') / 'resnet50.pth'
-        return net, save(dict(step=7, state_dict=state, best_prec1=0.5), path)
+        return net.double(), save(dict(step=7, state_dict=state, best_prec1=0.5), path)
 
     def test_mmdet_loads_what_the_command_wrote(self, theirs, command, tmp_path, capsys):
         net, path = theirs
@@ -175,7 +175,7 @@ class TestResNet:
         assert state.keys() - stem - {'head.fc.weight', 'head.fc.bias'} == blocks
 
     def test_their_unbiased_variance_stays_a_small_difference(self, monkeypatch):
-        """A few percent in the last stage of a 128 x 128 image (4 x 4 pixels), less where there are more pixels."""
+        """0.7 % of the last features of a 128 x 128 image (4 x 4 pixels), 0.03 % of a 512 x 512 one."""
         net = ResNet(18, fc=False)
         ours = load_all(backbone(depth=18), convert(net.state_dict())[0])
         errors = {}
@@ -184,8 +184,7 @@ class TestResNet:
             monkeypatch.setattr(SN, 'unbiased', True)
             with torch.no_grad():
                 errors[size] = [((a - b).norm() / b.norm()).item() for a, b in zip(ours(x), net(x))]
-        print(errors)
-        assert 1e-3 < errors[128][3] < 5e-2
+        assert 5e-3 < errors[128][3] < 1e-2 and 2e-4 < errors[512][3] < 5e-4
         assert all(large < small / 8 for large, small in zip(errors[512], errors[128]))
 
     def test_pre_activation_is_refused(self):
@@ -275,7 +274,7 @@ class TestDetectors:
     @pytest.fixture(scope='class')
     def theirs(self):
         torch.manual_seed(0)
-        return MaskRCNN()
+        return MaskRCNN().float().double()
 
     def check_fpn(self, theirs, ours):
         x = torch.randn(1, 3, 64, 96, dtype=torch.float64)
@@ -291,7 +290,8 @@ class TestDetectors:
     @pytest.mark.parametrize('way', ['command', 'load_from'])
     def test_mask_rcnn(self, theirs, way, command, tmp_path):
         """81 classes, SN everywhere; each of the tensors has its place."""
-        path = save(dict(step=1, model=theirs.state_dict(), optimizer=dict(lr=0.1)), tmp_path / 'model_step1.pth')
+        path = save(dict(step=1, model=theirs.float().state_dict(), optimizer=dict(lr=0.1)), tmp_path / 'model_step1.pth')
+        theirs.double()
         ours = detector('mask-rcnn')
         if way == 'command':
             command(path, tmp_path / 'new.pth', '--from', 'detectron', '--to', 'mmdet')
@@ -447,7 +447,7 @@ class Model(BaseModule):
 class TestUnconverted:
     @pytest.fixture(params=['bare', 'module', 'backbone', 'decoder', 'detectron', 'nested'])
     def theirs(self, request, tmp_path):
-        state = ResNet(18).float().state_dict()
+        state = ResNet(18, width=8).float().state_dict()
         if request.param == 'decoder':
             state = C1(512, 7).float().state_dict()
         prefix = dict(module='module.', backbone='backbone.', detectron='Conv_Body.conv_body.').get(request.param, '')
@@ -509,7 +509,7 @@ class Intruder:
 @pytest.fixture(scope='module')
 def good():
     torch.manual_seed(0)
-    return ResNet(18).float().state_dict()
+    return ResNet(18, width=8).float().state_dict()
 
 
 def cut(good, path, zipped=True):
@@ -608,7 +608,7 @@ class TestRefused:
         save(good, tmp_path / 'good.pth')
         if there:
             (tmp_path / 'new.pth').write_text('precious')
-        command = f'ulimit -f 1000; "$0" "{TOOLS}/convert_checkpoint.py" good.pth new.pth --force'
+        command = f'ulimit -f 100; "$0" "{TOOLS}/convert_checkpoint.py" good.pth new.pth --force'
         done = subprocess.run(['bash', '-c', command, sys.executable], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode != 0 and 'rror' in done.stderr
         assert sorted(p.name for p in tmp_path.iterdir()) == ['good.pth', *(['new.pth'] if there else [])]
@@ -629,8 +629,8 @@ def test_what_is_missing_and_what_looks_wrong_is_said(good):
         del state[key]
     for key in [key for key in state if key.startswith('layer3.')]:
         del state[key]
-    state['layer1.0.sn1.running_var'] = torch.zeros(1, 64, 1)
-    state['layer1.0.sn2.running_var'] = torch.full((1, 64, 1), torch.nan)
+    state['layer1.0.sn1.running_var'] = torch.zeros(1, 8, 1)
+    state['layer1.0.sn2.running_var'] = torch.full((1, 8, 1), torch.nan)
     _, report = convert(state)
     assert set(report.missing) == {
         'bn1.bn.running_mean',
