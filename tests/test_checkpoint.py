@@ -429,7 +429,7 @@ class TestBatchNorm:
         new, report = convert(state, target='mmpretrain')
         assert torch.equal(new['head.fc.bias'], state['fc.bias']) and 'backbone.layer1.0.bn1.bn.running_var' in new
         whole = {f'backbone.{key}': value for key, value in state.items() if not key.startswith('fc')}
-        new, _ = convert(whole, target='mmseg')
+        new, _ = convert(whole, target='mmpretrain')
         assert {key.replace('.bn.', '.') for key in new} == whole.keys()
 
 
