@@ -290,7 +290,8 @@ class TestDetectors:
     @pytest.mark.parametrize('way', ['command', 'load_from'])
     def test_mask_rcnn(self, theirs, way, command, tmp_path):
         """81 classes, SN everywhere; each of the tensors has its place."""
-        path = save(dict(step=1, model=theirs.float().state_dict(), optimizer=dict(lr=0.1)), tmp_path / 'model_step1.pth')
+        content = dict(step=1, model=theirs.float().state_dict(), optimizer=dict(lr=0.1))
+        path = save(content, tmp_path / 'model_step1.pth')
         theirs.double()
         ours = detector('mask-rcnn')
         if way == 'command':

@@ -1,9 +1,9 @@
 """What lies between the four big passes: the algebra on (N, C)-sized moments, one function forward and one backward.
 
 Notation: S pixels a map; the forward pass is ``y = a*(x - mean_in) + s`` and the backward pass
-``dx = a*dy + b1*(x - mean_in) + b0``, with coefficients of shape (N, C). Taking x by its distance from the mean of its
-map keeps both exact where the mean is large. The algebra is done in float64, where ``E[x^2] - E[x]^2`` does not cancel,
-and in few operations, since for small layers it is their number that costs.
+``dx = a*dy + b1*(x - mean_in) + b0``, with coefficients of shape (N, C). Means enter by their distance from the mean of
+the map and variances by the law of total variance, so that nothing cancels where the mean is large. There are few
+operations, since for small layers it is their number that costs.
 """
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 def forward(
     mean_in, var_in, mean_bn, var_bn, mean_weight, var_weight, weight, bias, normalizers, eps, size, group
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | int | None]:
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...], Tensor | int | None]:
     """Coefficients of the forward pass from IN moments.
 
     Args:
@@ -31,154 +31,141 @@ def forward(
         group: Process group that the batch's moments are taken over, or None.
 
     Returns:
-        a and s, (N, C); the BN moments that were used, (C,); and the number of pixels behind them, None where they are
-        frozen or take no part.
+        a and s, (N, C); what :func:`backward` needs, which begins with mean_in, var_in and the BN moments that were
+        used, (C,) or (1, C); and the number of pixels behind these, None where they are frozen or take no part.
     """
-    mean, var, square = _moments(mean_in, var_in)
-    count = None
-    if 'bn' in normalizers and mean_bn is None:
-        mean_bn, var_bn, count = _batch_moments(mean, square, size, group)
-    *_, shift, rstd = _blend(mean, var, square, mean_bn, var_bn, mean_weight, var_weight, normalizers, eps)
+    distances, variances, count = [], [], None
+    mean_ln = var_ln = None
+    for name in normalizers:
+        if name == 'in':
+            distance, var = None, var_in
+        elif name == 'ln':
+            distance, mean_ln, var_ln = _pool(mean_in, var_in, 1)
+            var = var_ln
+        else:
+            if mean_bn is not None:
+                distance = mean_in - mean_bn
+            elif group is None:
+                count = len(mean_in) * size
+                distance, mean_bn, var_bn = _pool(mean_in, var_in, 0)
+            else:
+                mean_bn, var_bn, count = _group_moments(mean_in, var_in, size, group)
+                distance = mean_in - mean_bn
+            var = var_bn.to(mean_in.dtype)
+        distances.append(distance)
+        variances.append(var)
+
+    mean_ratios, var_ratios = (logits.softmax(0, mean_in.dtype) for logits in (mean_weight, var_weight))
+    shift = _weighted(mean_ratios, distances)  # distance of the IN mean from the blended one
+    if shift is None:
+        shift = torch.zeros_like(mean_in)
+    rstd = (_weighted(var_ratios, variances) + eps).rsqrt_()
     a = rstd if weight is None else weight * rstd
-    s = -shift * a if bias is None else torch.addcmul(bias.double(), shift, a, value=-1)
+    s = shift * a if bias is None else torch.addcmul(bias, shift, a)
     a, s = (t.to(mean_in.dtype).expand_as(mean_in) for t in (a, s))  # BN alone gives one row for all samples
-    return a, s, mean_bn, var_bn, count
+    return a, s, (mean_in, var_in, mean_bn, var_bn, mean_ln, var_ln, mean_ratios, var_ratios, shift, rstd), count
 
 
 def backward(
-    sum_dy,
-    sum_dyx,
-    mean_in,
-    var_in,
-    mean_bn,
-    var_bn,
-    mean_weight,
-    var_weight,
-    weight,
-    normalizers,
-    eps,
-    size,
-    count,
-    group,
+    sum_dy, sum_dyx, saved, mean_weight, var_weight, weight, normalizers, eps, size, count, group
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Coefficients of the backward pass, and the gradients of everything small.
 
     Args:
         sum_dy: Sum of dy over each map, (N, C).
         sum_dyx: Sum of dy * (x - mean_in) over each map, (N, C).
-        mean_in: As in :func:`forward`, and so are all others not named here.
-        mean_bn: The BN means that forward used, (C,), or None.
-        var_bn: The BN variances that forward used, likewise.
+        saved: What forward returned for it.
+        mean_weight: As in :func:`forward`, and so are all others not named here.
         count: What forward returned: None where the BN moments are constants.
 
     Returns:
         a, b1, b0 (N, C), and the gradients of mean_weight and var_weight (K,), of weight and bias (C,).
     """
+    mean_in, var_in, mean_bn, var_bn, mean_ln, var_ln, mean_ratios, var_ratios, shift, rstd = saved
     n, c = mean_in.shape
-    mean, var, square = _moments(mean_in, var_in)
-    means, variances, mean_ratios, var_ratios, shift, rstd = _blend(
-        mean, var, square, mean_bn, var_bn, mean_weight, var_weight, normalizers, eps
-    )
     a = rstd if weight is None else weight * rstd
-    sum_dy = sum_dy.double()
-    sum_dyc = torch.addcmul(sum_dyx.double(), shift, sum_dy, value=-1)  # sum of dy * (x - blended mean)
 
     # Gradient w.r.t. weight and bias
-    normed = rstd * sum_dyc
+    normed = rstd * torch.addcmul(sum_dyx, shift, sum_dy)  # sum of dy * (x - blended mean) / std
     dweight, dbias = normed.sum(0), sum_dy.sum(0)
 
-    # Gradient w.r.t. the blended mean and -2 times the one w.r.t. the blended variance
-    dmean, dvar = -a * sum_dy, a * rstd * normed
+    # -1 times the gradient w.r.t. the blended mean, and -2 times the one w.r.t. the blended variance
+    dmean, dvar = a * sum_dy, a * rstd * normed
 
-    # Gradient w.r.t. the logits through the softmax, and w.r.t. the IN moments, from which those of LN and BN follow
+    # Gradient w.r.t. the logits, which a constant added to all moments does not change, and w.r.t. the IN moments
     dmean_ratios, dvar_ratios = [], []
-    dmean_in, dvar_in = 0, 0
-    for k, name in enumerate(normalizers):
-        dmean_k, dvar_k = (t if name == 'in' else t.sum(int(name == 'ln'), keepdim=True) for t in (dmean, dvar))
-        dmean_ratios.append((dmean_k * means[k]).sum())
-        dvar_ratios.append((dvar_k * variances[k]).sum())
-        if name == 'bn' and count is None:
-            continue
-        dmean_k, dvar_k = dmean_k * mean_ratios[k], dvar_k * var_ratios[k]
-        if name == 'bn' and group is not None:
-            both = torch.cat([dmean_k, dvar_k])
-            dist.all_reduce(both, group=group)
-            dmean_k, dvar_k = (both * (size / count.clamp(min=1))).split(1)
-        elif name != 'in':
-            joined = c if name == 'ln' else max(n, 1)
-            dmean_k, dvar_k = dmean_k / joined, dvar_k / joined
+    b1 = b0 = None
+    for name, mean_ratio, var_ratio in zip(normalizers, mean_ratios.unbind(), var_ratios.unbind()):
+        if name == 'in':
+            dmean_k, dvar_k, var_k, joined = dmean, dvar, var_in, size
+            dmean_ratios.append(mean_ratio.new_zeros(()))
+        else:
+            axis, mean_k, var_k = (1, mean_ln, var_ln) if name == 'ln' else (0, mean_bn, var_bn.to(mean_in.dtype))
+            distance = mean_in - mean_k
+            dmean_ratios.append(_dot(dmean, distance))
+            dmean_k, dvar_k = dmean.sum(axis, keepdim=True), dvar.sum(axis, keepdim=True)
+            joined = size * mean_in.shape[axis]
+        dvar_ratios.append(_dot(dvar_k, var_k))
+        if name == 'bn':
+            if count is None:
+                continue
+            if group is not None:
+                both, joined = torch.cat([dmean_k, dvar_k]), count
+                dist.all_reduce(both, group=group)
+                dmean_k, dvar_k = both.split(1)
+        scale = -1 / max(joined, 1) if isinstance(joined, int) else joined.clamp(min=1).reciprocal().neg()
+        dvar_k = dvar_k * (var_ratio * scale)
+        dmean_k = dmean_k * (mean_ratio * scale)
         if name != 'in':  # the variance also holds the spread of the IN means
-            dmean_k = torch.addcmul(dmean_k, dvar_k, means[k] - mean)
-        dmean_in, dvar_in = dmean_in + dmean_k, dvar_in + dvar_k
+            dmean_k = torch.addcmul(dmean_k, dvar_k, distance)
+        b1, b0 = (dvar_k, dmean_k) if b1 is None else (b1 + dvar_k, b0 + dmean_k)
+    if b1 is None:
+        b1 = b0 = torch.zeros_like(mean_in)
 
     dmean_weight = _softmax_backward(mean_ratios, dmean_ratios)
     dvar_weight = _softmax_backward(var_ratios, dvar_ratios) * -0.5
-    b1, b0 = dvar_in * (-1 / max(size, 1)), dmean_in / max(size, 1)
-    a, b1, b0 = (t.to(mean_in.dtype).expand(n, c) for t in (a, b1, b0))
+    a, b1, b0 = (t.to(mean_in.dtype).expand_as(mean_in) for t in (a, b1, b0))
     return a, b1, b0, dmean_weight, dvar_weight, dweight, dbias
 
 
-def _moments(mean_in, var_in):
-    """Mean, variance and E[x^2] of each map, in float64."""
-    mean, var = mean_in.double(), var_in.double()
-    return mean, var, torch.addcmul(var, mean, mean)
+def _pool(mean: Tensor, var: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Distance of each mean from their joint one; joint mean and variance along an axis of (N, C), which stays."""
+    average = torch.mean if mean.shape[axis] else torch.sum  # zeros where there is no sample
+    joint = average(mean, axis, keepdim=True)
+    distance = mean - joint
+    distance -= average(distance, axis, keepdim=True)  # what rounding the joint mean has left
+    return distance, joint, average(torch.addcmul(var, distance, distance), axis, keepdim=True)
 
 
-def _batch_moments(mean, square, size, group):
-    """BN moments (C,) from the E[x] and E[x^2] of the maps, and the number of pixels behind them.
+def _group_moments(mean: Tensor, var: Tensor, size: int, group) -> tuple[Tensor, Tensor, Tensor]:
+    """BN moments (1, C) of the joined batch of a process group, and the number of pixels behind them.
 
-    With a process group they are those of the joined batch: one all-reduce of 2C + 1 numbers, so that every pixel of
-    every rank weighs the same.
+    One all-reduce of 2C + 1 numbers, so that every pixel of every rank weighs the same; in float64, where
+    ``E[x^2] - E[x]^2`` does not cancel.
     """
-    n = len(mean)
-    mean, square = mean.sum(0), square.sum(0)
-    if group is None:
-        count, divisor = n * size, max(n, 1)
-    else:
-        sums = torch.cat([mean * size, square * size, mean.new_full((1,), n * size)])
-        dist.all_reduce(sums, group=group)
-        mean, square, count = sums.split([len(mean), len(mean), 1])
-        count = count[0]
-        divisor = count.clamp(min=1)
-    mean = mean / divisor
-    return mean, _variance(mean, square / divisor), count
+    dtype, c = mean.dtype, mean.shape[1]
+    mean, var = mean.double(), var.double()
+    sums = torch.cat([mean.sum(0), torch.addcmul(var, mean, mean).sum(0), mean.new_full((1,), len(mean))]) * size
+    dist.all_reduce(sums, group=group)
+    *_, count = sums.split([c, c, 1])
+    joint, square = (sums[:-1] / count.clamp(min=1)).view(2, 1, c)
+    joint_var = torch.addcmul(square, joint, joint, value=-1).clamp_(min=0)
+    return joint.to(dtype), joint_var.to(dtype), count[0]
 
 
-def _variance(mean: Tensor, square: Tensor) -> Tensor:
-    return torch.addcmul(square, mean, mean, value=-1).clamp_(min=0)
-
-
-def _blend(mean, var, square, mean_bn, var_bn, mean_weight, var_weight, normalizers, eps):
-    """The moments of each normalizer, and their blend by the softmax of the logits.
-
-    Returns:
-        Means and variances, K of each, broadcastable to (N, C); their ratios, K numbers each; the distance of the
-        blended mean from the IN mean, and ``1 / sqrt(var + eps)``, both (N, C).
-    """
-    means, variances = [], []
-    for name in normalizers:
-        if name == 'in':
-            mean_k, var_k = mean, var
-        elif name == 'ln':
-            mean_k = mean.mean(1, keepdim=True)
-            var_k = _variance(mean_k, square.mean(1, keepdim=True))
-        else:
-            mean_k, var_k = mean_bn.double()[None], var_bn.double()[None]
-        means.append(mean_k)
-        variances.append(var_k)
-    mean_ratios, var_ratios = (logits.double().softmax(0).unbind() for logits in (mean_weight, var_weight))
-    shift = _weighted(mean_ratios, means) - mean
-    return means, variances, mean_ratios, var_ratios, shift, (_weighted(var_ratios, variances) + eps).rsqrt_()
-
-
-def _weighted(ratios, moments) -> Tensor:
-    """``sum_k ratio_k * moment_k``; from the last to the first, since the first is the only one of full size."""
-    total = ratios[-1] * moments[-1]
-    for ratio, moment in zip(ratios[-2::-1], moments[-2::-1]):
-        total = torch.addcmul(total, moment, ratio)
+def _weighted(ratios: Tensor, terms: list[Tensor | None]) -> Tensor | None:
+    """``sum_k ratio_k * term_k``; from the last to the first, since the first is the only one of full size."""
+    total = None
+    for ratio, term in zip(ratios.unbind()[::-1], terms[::-1]):
+        if term is not None:
+            total = ratio * term if total is None else torch.addcmul(total, term, ratio)
     return total
 
 
-def _softmax_backward(ratios, dratios) -> Tensor:
-    ratios, dratios = torch.stack(ratios), torch.stack(dratios)
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.reshape(-1), b.reshape(-1))
+
+
+def _softmax_backward(ratios: Tensor, dratios: list[Tensor]) -> Tensor:
+    dratios = torch.stack(dratios)
     return ratios * (dratios - ratios.dot(dratios))

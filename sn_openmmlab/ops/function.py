@@ -94,35 +94,43 @@ def switch_norm(
         )
         count = x.numel() // x.shape[1]
     else:
-        y, mean, var, count = _SwitchNorm.apply(
-            x, mean_weight, var_weight, weight, bias, mean_bn, var_bn, normalizers, eps, group, backend
-        )
+        args = x, mean_weight, var_weight, weight, bias, mean_bn, var_bn, normalizers, eps, group, backend
+        if torch.is_grad_enabled():
+            y, mean, var, count = _SwitchNorm.apply(*args)
+        else:
+            y, (_, _, mean, var, *_), count = _forward(*args)
     if batch and training and running_mean is not None:
         _update(running_mean, running_var, num_batches_tracked, mean, var, count, momentum)
     return y
 
 
+def _forward(x, mean_weight, var_weight, weight, bias, mean_bn, var_bn, normalizers, eps, group, backend):
+    """The output; what the algebra of backward needs; and the number of pixels behind the batch's BN moments."""
+    h = _maps(x)
+    if h.numel():
+        mean_in, var_in = backend.moments(h)
+    else:
+        mean_in, var_in = h.new_zeros(2, *h.shape[:2], dtype=moments_dtype(h.dtype))
+    a, s, saved, count = backend.algebra.forward(
+        mean_in, var_in, mean_bn, var_bn, mean_weight, var_weight, weight, bias, normalizers, eps, h.shape[2], group
+    )
+    y = backend.affine(h, mean_in, a, s) if h.numel() else torch.empty_like(h)
+    return y.view(x.shape), saved, count
+
+
 class _SwitchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, mean_weight, var_weight, weight, bias, mean_bn, var_bn, normalizers, eps, group, backend):
-        h = _maps(x)
-        if h.numel():
-            mean_in, var_in, y = backend.moments(h)
-        else:
-            mean_in, var_in = h.new_zeros(2, *h.shape[:2], dtype=moments_dtype(h.dtype))
-            y = torch.empty_like(h)
-        a, s, mean_bn, var_bn, count = backend.algebra.forward(
-            mean_in, var_in, mean_bn, var_bn, mean_weight, var_weight, weight, bias, normalizers, eps, h.shape[2], group
+        y, saved, count = _forward(
+            x, mean_weight, var_weight, weight, bias, mean_bn, var_bn, normalizers, eps, group, backend
         )
-        if h.numel():
-            backend.affine(h, mean_in, a, s, out=y)
-
-        ctx.save_for_backward(x, mean_weight, var_weight, weight, bias, mean_in, var_in, mean_bn, var_bn)
+        ctx.save_for_backward(x, mean_weight, var_weight, weight, bias, *saved)
         ctx.normalizers, ctx.eps, ctx.count, ctx.group, ctx.backend = normalizers, eps, count, group, backend
         ctx.set_materialize_grads(False)
-        y = x.new_empty(0).set_(y.view(x.shape))  # no view of anything: ReLU(inplace=True) follows
+        y = x.new_empty(0).set_(y)  # no view of anything: ReLU(inplace=True) follows
         if count is None:
             return y, None, None, None
+        mean_bn, var_bn = saved[2:4]
         ctx.mark_non_differentiable(mean_bn, var_bn)
         return y, mean_bn, var_bn, count
 
@@ -135,15 +143,15 @@ class _SwitchNorm(torch.autograd.Function):
 
 
 def _backward(ctx, dy):
-    x, mean_weight, var_weight, weight, bias, mean_in, var_in, mean_bn, var_bn = ctx.saved_tensors
-    h = _maps(x)
+    x, mean_weight, var_weight, weight, bias, *saved = ctx.saved_tensors
+    mean_in, h = saved[0], _maps(x)
     dh = _like(_maps(dy), h)
     if h.numel():
         sum_dy, sum_dyx = ctx.backend.reduce(dh, h, mean_in)
     else:
         sum_dy, sum_dyx = torch.zeros_like(mean_in), torch.zeros_like(mean_in)
     a, b1, b0, *small = ctx.backend.algebra.backward(
-        sum_dy, sum_dyx, mean_in, var_in, mean_bn, var_bn, mean_weight, var_weight, weight,
+        sum_dy, sum_dyx, saved, mean_weight, var_weight, weight,
         ctx.normalizers, ctx.eps, h.shape[2], ctx.count, ctx.group,
     )  # fmt: skip
     dx = None
@@ -158,7 +166,7 @@ def _differentiable_backward(ctx, dy):
     """The backward of double backward (``create_graph=True``): the reference's, which autograd sees through."""
     if ctx.group is not None:
         raise RuntimeError('switch_norm has no double backward with synchronised statistics; use SN in place of SyncSN')
-    *inputs, _, _, mean_bn, var_bn = ctx.saved_tensors
+    inputs, (mean_bn, var_bn) = ctx.saved_tensors[:5], ctx.saved_tensors[7:9]
     if ctx.count is not None:
         mean_bn, var_bn = None, None
     # views, so that the gradients end here and do not follow what the inputs were computed from
@@ -193,7 +201,8 @@ def _update(running_mean, running_var, num_batches_tracked, mean, var, count, mo
         momentum = 1 / num_batches_tracked.clamp(min=1).to(running_mean)
     weight = momentum * seen
     for running, new in (running_mean, mean), (running_var, var * unbiased):
-        running.lerp_(new.to(running.dtype), weight.to(running.dtype) if isinstance(weight, Tensor) else weight)
+        new = new.to(running.dtype).view_as(running)
+        running.lerp_(new, weight.to(running.dtype) if isinstance(weight, Tensor) else weight)
 
 
 def _choose_backend(x: Tensor):

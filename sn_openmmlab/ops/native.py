@@ -2,8 +2,12 @@
 
 To torch each map is the one channel of a norm of its own: the input is seen as a single sample with N*C channels, or,
 where it is stored channels last, sample by sample. Its batch-norm kernels are then the passes wanted, vectorised, for
-every dtype. Maps are (N, C, S), moments and coefficients (N, C).
+every dtype. Where they are slow, plain arithmetic takes their place. Maps are (N, C, S), moments and coefficients
+(N, C).
 """
+
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -12,79 +16,110 @@ from . import algebra  # noqa: F401  (part of a backend's interface)
 from .reference import moments_dtype
 
 _aten = torch.ops.aten
+_SMALL = 64  # pixels of a map below which calling a kernel for it costs more than its work
+_CHUNK = 2**19  # elements that stay in the cache from one operation to the next
 
 
-def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pass 1: mean and biased variance of each map, and a tensor stored as ``x`` to take the output."""
-    dense, out = _dense(x), None
-    if dense is not x:
-        return *moments(dense)[:2], torch.empty_like(x)
-    if x.is_contiguous() and x.device.type == 'cpu':
-        # Torch's fastest moments here are its group norm's; the output that comes with them will take ours.
-        rows = _rows(x)
-        channels, size = rows.shape[1:]
-        zeros, ones = None, None
-        if x.dtype != moments_dtype(x.dtype):
-            zeros, ones = _constants(rows)  # float32 weights give half-precision input float32 moments
-        out, mean, rstd = _aten.native_group_norm(rows, ones, zeros, 1, channels, size, channels, 0.0)
-        var = rstd.reciprocal().square()  # 0 for constant maps, where 1/std is inf
-        if x.dtype == torch.float64 or not (mean.square() > 1e4 * var).any():
-            return mean.view(x.shape[:2]), var.view(x.shape[:2]), out.view(x.shape)
-        # Its float32 sums are too coarse for maps far from zero; batch norm sums in float64.
-    parts = []
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Pass 1: mean and biased variance of each map."""
+    if x.device.type == 'cpu' and (x.is_contiguous() or _many(x)):
+        # The fastest way first: exact enough for maps that lie near zero, as those of a convolution do.
+        for way, limit in (_moments_by_sums, 16), (_moments_by_group_norm, 1e4):
+            mean, var = way(x)
+            if torch.addcmul(var, mean, mean, value=-1 / limit).amin() >= 0:  # mean^2 up to limit * var everywhere
+                return mean, var
+        x = x.contiguous()
+    parts = []  # batch norm sums in float64
     for sample in _samples(x):
         # the running statistics that are passed select float32 moments of half-precision input; momentum 0 keeps them
-        parts.append(_aten.batch_norm_update_stats(sample, *_constants(sample), 0.0))
-    mean, var = (torch.cat(part).view(x.shape[:2]) for part in zip(*parts))
-    return mean, var, torch.empty_like(x) if out is None else out.view(x.shape)
+        zeros, ones = _constants(sample)
+        parts.append(_aten.batch_norm_update_stats(sample, zeros.clone(), ones.clone(), 0.0))
+    return _join(parts, x)
 
 
-def affine(x: Tensor, mean: Tensor, a: Tensor, s: Tensor, out: Tensor) -> None:
-    """Pass 2: ``out = a*(x - mean) + s``, as the evaluation of a batch norm of variance 1."""
-    dense = _dense(x)
-    if dense is not x:
-        y = torch.empty_like(dense)
-        affine(dense, mean, a, s, y)
-        out.copy_(y)
-        return
-    none = mean.new_empty(0)
-    for sample, y, *coefficients in zip(_samples(x), _samples(out), *(_split(x, t) for t in (a, s, mean))):
+def affine(x: Tensor, mean: Tensor, a: Tensor, s: Tensor) -> Tensor:
+    """Pass 2: ``a*(x - mean) + s``."""
+    if _is_half(x):
+        if _many(x):
+            return _chunkwise(affine, x, mean, a, s)
+    elif not x.is_contiguous() or x.shape[2] < _SMALL:
+        a, s = a[..., None], torch.addcmul(s, mean, a, value=-1)[..., None]
+        return torch.mul(x, a).add_(s) if x.is_contiguous() else torch.addcmul(s, x, a)
+    y, none = torch.empty_like(x), mean.new_empty(0)  # the evaluation of a batch norm of variance 1
+    for sample, out, *coefficients in zip(_samples(x), _samples(y), *(_split(x, t) for t in (a, s, mean))):
         _aten.native_batch_norm.out(
-            sample, *coefficients, _constants(sample)[1], False, 0.0, 0.0, out=y, save_mean=none, save_invstd=none
+            sample, *coefficients, _constants(sample)[1], False, 0.0, 0.0, out=out, save_mean=none, save_invstd=none
         )
+    return y
 
 
 def reduce(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Pass 3: sum of dy and sum of dy * (x - mean) over each map, as a batch norm's gradients of bias and weight."""
-    dy, x = _dense(dy), _dense(x)
-    parts = []
-    for grad, sample, m in zip(_samples(dy), _samples(x), _split(x, mean)):
-        ones = _constants(sample)[1]
-        parts.append(
-            _aten.native_batch_norm_backward(grad, sample, ones, m, ones, m, ones, False, 0.0, [False, True, True])[1:]
-        )
-    sum_dyx, sum_dy = (torch.cat(part).view(x.shape[:2]) for part in zip(*parts))
-    return sum_dy, sum_dyx
+    """Pass 3: sum of dy and sum of dy * (x - mean) over each map."""
+    if _many(x):
+        return _join([(d.sum(2), torch.sub(h, m[..., None]).mul_(d).sum(2)) for d, h, m in _chunks(dy, x, mean)], x)
+    samples = zip(_samples(_for_sums(dy)), _samples(_for_sums(x)), _split(x, mean))
+    return _join([_sums(*sample) for sample in samples], x)
 
 
 def combine(dy: Tensor, x: Tensor, mean: Tensor, a: Tensor, b1: Tensor, b0: Tensor) -> Tensor:
     """Pass 4: ``a*dy + b1*(x - mean) + b0``."""
-    dx = torch.empty_like(x)
-    affine(x, mean, b1, b0, dx)
-    if x.dtype == moments_dtype(x.dtype):
-        return dx.addcmul_(dy, a[..., None])
-    rest, zeros = torch.empty_like(x), torch.zeros_like(a)  # coefficients are not to be rounded to half precision
-    affine(dy, zeros, a, zeros, rest)
-    return dx.add_(rest)
+    if not _is_half(x):
+        return affine(x, mean, b1, b0).addcmul_(dy, a[..., None])
+    if _many(x):
+        return _chunkwise(combine, dy, x, mean, a, b1, b0)
+    zeros = torch.zeros_like(a)  # coefficients are not to be rounded to half precision
+    return affine(x, mean, b1, b0).add_(affine(dy, zeros, a, zeros))
+
+
+def _moments_by_sums(x: Tensor) -> tuple[Tensor, Tensor]:
+    """From the sums of x and x^2."""
+    size = x.shape[2]
+    if _many(x):
+        sums, squares = _join([(h.sum(2), h.square().sum(2)) for (h,) in _chunks(x)], x)
+    else:
+        parts = _parts(size)
+        rows = _for_sums(x).view(1, -1, size // parts)
+        sums, squares = (t if parts == 1 else t.view(-1, parts).sum(1) for t in _sums(rows, rows, _constants(rows)[0]))
+    mean = (sums / size).view(x.shape[:2])
+    return mean, torch.addcmul((squares / size).view_as(mean), mean, mean, value=-1).clamp_(min=0)
+
+
+def _moments_by_group_norm(x: Tensor) -> tuple[Tensor, Tensor]:
+    """From a group norm of one channel a group, by Welford's algorithm."""
+    rows = _rows(x.contiguous())
+    channels, size = rows.shape[1:]
+    # float32 weights give half-precision input float32 moments
+    zeros, ones = _constants(rows) if _is_half(x) else (None, None)
+    _, mean, rstd = _aten.native_group_norm(rows, ones, zeros, 1, channels, size, channels, 0.0)
+    return mean.view(x.shape[:2]), rstd.view(x.shape[:2]).reciprocal_().square_()  # 0 where 1/std is inf
+
+
+def _sums(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of dy and of dy * (x - mean) over each channel, as a batch norm's gradients of bias and weight."""
+    ones = _constants(x)[1]
+    _, sum_dyx, sum_dy = _aten.native_batch_norm_backward(
+        dy, x, ones, mean, ones, mean, ones, False, 0.0, [False, True, True]
+    )
+    return sum_dy, sum_dyx
+
+
+def _is_half(x: Tensor) -> bool:
+    return x.dtype != moments_dtype(x.dtype)
+
+
+def _for_sums(x: Tensor) -> Tensor:
+    """Small maps are summed faster in float32."""
+    return x.float() if _is_half(x) and x.is_contiguous() and x.shape[2] < _SMALL else x
+
+
+@functools.lru_cache(1024)
+def _parts(size: int) -> int:
+    """How many parts a map is summed in, so that float32 sums run over a thousand pixels at most where sizes allow."""
+    return next((k for k in range(-(-size // 1024), size // 128 + 1) if size % k == 0), 1)
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(1, -1, x.shape[2])
-
-
-def _dense(x: Tensor) -> Tensor:
-    """``x``; or a contiguous copy where it is channels last and a call for each of many samples would cost more."""
-    return x if x.is_contiguous() or len(x) <= 8 else x.contiguous()
+    return x.view(1, -1, x.shape[2])
 
 
 def _samples(x: Tensor) -> list[Tensor]:
@@ -97,7 +132,40 @@ def _split(x: Tensor, t: Tensor) -> list[Tensor]:
     return [t.reshape(-1)] if x.is_contiguous() else list(t.contiguous().unbind())
 
 
+def _join(parts: list[tuple[Tensor, Tensor]], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs of results for parts of the samples as two of shape (N, C)."""
+    first, second = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts))
+    return first.view(x.shape[:2]), second.view(x.shape[:2])
+
+
+def _many(x: Tensor) -> bool:
+    """Whether the samples are stored channels last and too many for a kernel call each."""
+    return len(x) > 8 and not x.is_contiguous()
+
+
+def _at_once(x: Tensor) -> int:
+    return max(1, _CHUNK // x[0].numel())
+
+
+def _chunks(x: Tensor, *others: Tensor) -> Iterator[list[Tensor]]:
+    """As many samples at a time as stay in the cache, in float32 if they were in half precision."""
+    for parts in zip(*(t.split(_at_once(x)) for t in (x, *others))):
+        yield [t.float() if _is_half(t) else t for t in parts]
+
+
+def _chunkwise(function: Callable, x: Tensor, *others: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    for part, chunk in zip(out.split(_at_once(x)), _chunks(x, *others)):
+        part.copy_(function(*chunk))
+    return out
+
+
 def _constants(sample: Tensor) -> tuple[Tensor, Tensor]:
-    """Zeros and ones, one for each channel of a sample."""
-    zeros = sample.new_zeros(sample.shape[1], dtype=moments_dtype(sample.dtype))
-    return zeros, torch.ones_like(zeros)
+    """Zeros and ones, one for each channel of a sample; not to be written to."""
+    return _zeros_and_ones(sample.shape[1], moments_dtype(sample.dtype), sample.device)
+
+
+@functools.lru_cache(64)
+def _zeros_and_ones(channels: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):
+        return torch.zeros(channels, dtype=dtype, device=device), torch.ones(channels, dtype=dtype, device=device)

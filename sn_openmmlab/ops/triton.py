@@ -25,8 +25,8 @@ def runs_on(device: torch.device) -> bool:
     return True
 
 
-def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pass 1: mean and biased variance of each map, and a tensor stored as ``x`` to take the output."""
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Pass 1: mean and biased variance of each map."""
     plan = reduction_plan(*_sizes(x))
     n, c, parts = *x.shape[:2], plan.arguments['parts']
     mean, var = x.new_empty((2, n, c), dtype=moments_dtype(x.dtype)).unbind()
@@ -37,12 +37,14 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         part_mean, part_var = (x.new_empty((n, c, parts), dtype=d) for d in (torch.float64, var.dtype))
         launch(_moments_kernel, plan, x, part_mean, part_var)
         launch(_join_kernel, joining_plan(plan, n * c), part_mean, part_var, mean, var)
-    return mean, var, torch.empty_like(x)
+    return mean, var
 
 
-def affine(x: Tensor, mean: Tensor, a: Tensor, s: Tensor, out: Tensor) -> None:
-    """Pass 2: ``out = a*(x - mean) + s``."""
-    launch(_combine_kernel, map_plan(*_sizes(x)), x, mean.contiguous(), a.contiguous(), s.contiguous(), None, None, out)
+def affine(x: Tensor, mean: Tensor, a: Tensor, s: Tensor) -> Tensor:
+    """Pass 2: ``a*(x - mean) + s``."""
+    y = torch.empty_like(x)
+    launch(_combine_kernel, map_plan(*_sizes(x)), x, mean.contiguous(), a.contiguous(), s.contiguous(), None, None, y)
+    return y
 
 
 def reduce(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:

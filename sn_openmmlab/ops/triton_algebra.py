@@ -26,7 +26,7 @@ _LONGEST = 8192  # the most rows or columns that fit into registers
 
 def forward(
     mean_in, var_in, mean_bn, var_bn, mean_weight, var_weight, weight, bias, normalizers, eps, size, group
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | int | None]:
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...], Tensor | int | None]:
     """Coefficients of the forward pass from IN moments: see :func:`.algebra.forward`."""
     if not _fits(mean_in, size, group):
         return algebra.forward(
@@ -43,37 +43,24 @@ def forward(
     given = _dense(mean_in, var_in, mean_bn, var_bn, mean_weight, var_weight, weight, bias)
     for plan in plans:
         launch(_forward, plan, *given, a, s, rows, EPS=eps, FROZEN=count is None, **_places(normalizers))
-    return a, s, mean_bn, var_bn, count
+    return a, s, (mean_in, var_in, mean_bn, var_bn), count
 
 
 def backward(
-    sum_dy,
-    sum_dyx,
-    mean_in,
-    var_in,
-    mean_bn,
-    var_bn,
-    mean_weight,
-    var_weight,
-    weight,
-    normalizers,
-    eps,
-    size,
-    count,
-    group,
+    sum_dy, sum_dyx, saved, mean_weight, var_weight, weight, normalizers, eps, size, count, group
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Coefficients of the backward pass, and the gradients of everything small: see :func:`.algebra.backward`."""
+    mean_in = saved[0]
     if not _fits(mean_in, size, group):
         return algebra.backward(
-            sum_dy, sum_dyx, mean_in, var_in, mean_bn, var_bn, mean_weight, var_weight, weight,
-            normalizers, eps, size, count, group,
-        )  # fmt: skip
+            sum_dy, sum_dyx, saved, mean_weight, var_weight, weight, normalizers, eps, size, count, group
+        )
     (n, c), k, dtype, device = mean_in.shape, len(normalizers), mean_in.dtype, mean_in.device
     a, b1, b0 = torch.empty((3, n, c), dtype=dtype, device=device).unbind()
     dweight, dbias, *dlogits = torch.empty(2 * (c + k), dtype=dtype, device=device).split([c, c, k, k])
     plans = _plans(n, c)
     rows = None if len(plans) == 1 else torch.empty((8, n), dtype=torch.float64, device=device)
-    given = _dense(sum_dy, sum_dyx, mean_in, var_in, mean_bn, var_bn, mean_weight, var_weight, weight)
+    given = _dense(sum_dy, sum_dyx, *saved, mean_weight, var_weight, weight)
     for plan in plans:
         launch(
             _backward, plan, *given, a, b1, b0, *dlogits, dweight, dbias, rows, S=size,

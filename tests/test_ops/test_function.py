@@ -143,7 +143,7 @@ def test_every_subset_of_normalizers(names, affine):
     for backend in BACKENDS:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv('SN_BACKEND', backend)
-            results.append(run(x, args[: 4 if affine else 2], [], dy, training=True))
+            results.append(run(x, args[: 4 if affine else 2], [], dy, training=True, normalizers=names))
     for expected, got in zip(*results):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
@@ -237,7 +237,7 @@ def test_only_the_input_is_kept_for_backward(training, monkeypatch):
         switch_norm(x, *args, *stats, training=training)
     large = {t.data_ptr() for t in kept if t.numel() > 2 * 8}
     assert large == {x.data_ptr()}
-    assert len(kept) <= 10
+    assert len(kept) <= 15  # the parameters, and (N, C)-sized moments and coefficients
 
 
 def test_parameters_that_need_no_gradient_get_none(backend):
