@@ -204,13 +204,13 @@ FCN = dict(HEAD, type='FCNHead', num_convs=1, concat_input=False, channels=32)
 PSP = dict(HEAD, type='PSPHead', channels=16)
 
 
-def segmentor(head, pretrained=None):
+def segmentor(head, pretrained=None, width=64):
     model = dict(
         type='EncoderDecoder',
         pretrained=pretrained,
-        backbone=dict(type='ResNet', depth=50, norm_cfg=SN_CFG, **STRIDE_8),
-        decode_head=dict(head, in_channels=2048, in_index=3),
-        auxiliary_head=dict(FCN, in_channels=1024, in_index=2),
+        backbone=dict(type='ResNet', depth=50, norm_cfg=SN_CFG, base_channels=width, stem_channels=width, **STRIDE_8),
+        decode_head=dict(head, in_channels=32 * width, in_index=3),
+        auxiliary_head=dict(FCN, in_channels=16 * width, in_index=2),
     )
     return build(Config(dict(model=model)).model, 'mmseg')
 
@@ -219,10 +219,10 @@ class TestSegmentation:
     @pytest.fixture(params=[(C1, FCN), (PPM, PSP)], ids=['C1', 'PPM'])
     def theirs(self, request, tmp_path):
         decoder, head = request.param
-        encoder, decoder = dilate(ResNet(50, fc=False)), decoder(2048, 7)
+        encoder, decoder = dilate(ResNet(50, fc=False, width=8)), decoder(256, 7)
         save(encoder.state_dict(), tmp_path / 'encoder_epoch_20.pth')
         save(decoder.state_dict(), tmp_path / 'decoder_epoch_20.pth')
-        return encoder, decoder, segmentor(head)
+        return encoder, decoder, segmentor(head, width=8)
 
     def check(self, theirs):
         encoder, decoder, ours = theirs
