@@ -15,6 +15,8 @@ import pytest
 import torch
 from mmengine.logging import HistoryBuffer
 
+from sn_openmmlab.safe_load import harmless
+
 TOOLS = Path(__file__).parents[1] / 'tools'
 
 # no random augmentation and no random sampling: mmengine does not save the state of the random number generators
@@ -240,7 +242,7 @@ def test_a_checkpoint_that_holds_code_is_refused(place):
 
 
 @pytest.fixture
-def read(tool, tmp_path, monkeypatch):
+def read(tmp_path, monkeypatch):
     """Write an object as torch.save does, change the bytes, and read it as the tools do."""
 
     def read(content, old=b'', new=b''):
@@ -250,7 +252,7 @@ def read(tool, tmp_path, monkeypatch):
         return torch.load(path)
 
     monkeypatch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '1')
-    with torch.serialization.safe_globals(tool('safe_load').harmless()):
+    with torch.serialization.safe_globals(harmless()):
         yield read
 
 
@@ -278,7 +280,7 @@ def tool(monkeypatch):
     monkeypatch.syspath_prepend(TOOLS)
     monkeypatch.setenv('LOCAL_RANK', '0')
     yield importlib.import_module
-    for name in 'common', 'safe_load', 'train', 'test':
+    for name in 'common', 'train', 'test':
         sys.modules.pop(name, None)
 
 

@@ -6,13 +6,13 @@ import math
 import torch
 import torch.distributed as dist
 import torch.fx
-from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..ops import NORMALIZERS, switch_norm
+from .loading import explain_sizes, refuse_authors_names, tell_of_batch_norm
 
 
 @MODELS.register_module('SN')
@@ -155,6 +155,8 @@ class SwitchNorm(_InstanceNorm):
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
         """Load this layer's own keys, or BatchNorm's, or the authors' flat ones of shape (1, C, 1, 1)."""
+        if not any(key.startswith(prefix) for key in state_dict):
+            refuse_authors_names(unexpected_keys)
         if self.bn is not None:
             for name in 'running_mean', 'running_var', 'num_batches_tracked':
                 if prefix + name in state_dict:
@@ -166,7 +168,8 @@ class SwitchNorm(_InstanceNorm):
         logits = [prefix + name for name in ('mean_weight', 'var_weight')]
         if f'{prefix}bn.running_mean' in state_dict and not any(name in state_dict for name in logits):
             state_dict.update(zip(logits, (self.mean_weight.detach(), self.var_weight.detach())))
-            _tell_once(missing_keys)
+            tell_of_batch_norm(missing_keys)
+        explain_sizes([state_dict[name] for name in logits if name in state_dict], self.normalizers, error_msgs)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def extra_repr(self) -> str:
@@ -281,18 +284,3 @@ def _logits(normalizers: tuple[str, ...], ratios) -> list[float]:
         )
     tiny = torch.finfo(torch.float32).tiny  # in place of 0: a finite logit, yet 1 + tiny == 1
     return [1 + math.log(len(ratios)) + math.log(max(ratio, tiny)) for ratio in ratios]
-
-
-_told: list | None = None
-
-
-def _tell_once(load: list) -> None:
-    """Say once a load (the list of missing keys is one object throughout) that BatchNorm weights were taken."""
-    global _told
-    if load is not _told:
-        _told = load
-        print_log(
-            'SwitchNorm layers take weight, bias and statistics from BatchNorm keys; their mean_weight and var_weight '
-            'are not in the checkpoint and keep their values.',
-            logger='current',
-        )
