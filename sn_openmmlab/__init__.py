@@ -10,13 +10,14 @@ if importlib.util.find_spec('mmengine') is None:
         "or 'sn-openmmlab[openmmlab]' for upstream's"
     )
 
-from . import bases
+from . import bases, flops
 from .checkpoint import load_from_switchnorm  # noqa: F401  (registers switchnorm://)
 from .layers import SwitchNorm, SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SyncSN
 from .ops import switch_norm
 from .version import __version__
 
 bases.register()
+flops.register()
 
 __all__ = [
     'SwitchNorm',
