@@ -54,7 +54,7 @@ tta_pipeline = [
         transforms=[
             [
                 dict(type='Resize', scale=(int(scale[0] * r), int(scale[1] * r)), keep_ratio=True)
-                for r in (0.75, 1.0, 1.25, 1.5, 1.75)
+                for r in (0.75, 1.0, 1.25, 1.5)
             ],
             [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)],
             [dict(type='LoadAnnotations')],
