@@ -1,4 +1,5 @@
-"""Switchable Normalization for OpenMMLab. Importing this package registers SN, SN1d, SN2d, SN3d and SyncSN."""
+"""Switchable Normalization for OpenMMLab. Importing this package registers SN, SN1d, SN2d, SN3d and SyncSN,
+and the checkpoint addresses switchnorm://PATH."""
 
 import importlib.util
 
@@ -9,12 +10,14 @@ if importlib.util.find_spec('mmengine') is None:
         "or 'sn-openmmlab[openmmlab]' for upstream's"
     )
 
-from . import bases
+from . import bases, flops
+from .checkpoint import load_from_switchnorm  # noqa: F401  (registers switchnorm://)
 from .layers import SwitchNorm, SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SyncSN
 from .ops import switch_norm
 from .version import __version__
 
 bases.register()
+flops.register()
 
 __all__ = [
     'SwitchNorm',

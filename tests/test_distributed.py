@@ -1,21 +1,29 @@
 """Synchronised statistics over real processes (gloo), against one process on the joined batch, in float64."""
 
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
+from processes import counting
 from torch import nn
 
 from sn_openmmlab import SwitchNorm, SyncSN
 
 TOLERANCE = dict(rtol=1e-10, atol=1e-10)
 # images of each rank as (N, C, H, W); the ranks of one case together make the joined batch
-EVEN = [(2, 3, 4, 5), (2, 3, 4, 5), (2, 3, 4, 5), (2, 3, 4, 5)]
-UNEVEN = [(1, 3, 4, 5), (3, 3, 6, 2), (2, 3, 1, 1), (1, 3, 7, 7)]
-EMPTY_RANK = [(2, 3, 4, 5), (0, 3, 4, 5), (1, 3, 3, 3), (0, 3, 4, 5)]
-ALL_EMPTY = [(0, 3, 7, 7)] * 4
+BATCHES = dict(
+    even=[(2, 3, 4, 5), (2, 3, 4, 5), (2, 3, 4, 5), (2, 3, 4, 5)],
+    uneven=[(1, 3, 4, 5), (3, 3, 6, 2), (2, 3, 1, 1), (1, 3, 7, 7)],
+    empty_rank=[(2, 3, 4, 5), (0, 3, 4, 5), (1, 3, 3, 3), (0, 3, 4, 5)],
+    all_empty=[(0, 3, 7, 7)] * 4,
+)
+LAYERS = dict(
+    SyncSN=lambda group_size=None: SyncSN(3, group_size=group_size),
+    torch=lambda: nn.SyncBatchNorm.convert_sync_batchnorm(SwitchNorm(3)),
+    mmengine=lambda: convert_sync_batchnorm(SwitchNorm(3), 'torch'),
+    mmcv=lambda: convert_sync_batchnorm(SwitchNorm(3), 'mmcv'),
+    both=lambda group_size=None: convert_sync_batchnorm(SyncSN(3, group_size=group_size), 'torch'),
+)
 
 
 def prepare(layer):
@@ -64,21 +72,19 @@ def joined(xs, frozen):
     return ys, [x.grad for x in xs], [p.grad for p in layer.parameters()], list(layer.buffers())
 
 
-def check(make_layer, shapes, frozen=False, group_size=None):
+def one_layer(make, batch, frozen=False, group_size=None):
     rank, size = dist.get_rank(), group_size or dist.get_world_size()
-    layer = prepare(make_layer(group_size))
+    layer = prepare(LAYERS[make](**dict(group_size=group_size) if group_size else {}))
     if frozen:
         layer.bn.eval()
-    everything = batches(shapes[: dist.get_world_size()], seed=1)
+    everything = batches(BATCHES[batch][: dist.get_world_size()], seed=1)
     x = everything[rank].clone().requires_grad_()
-
-    sent, all_reduce = [], dist.all_reduce
-    dist.all_reduce = lambda t, **kwargs: (sent.append(t.numel()), all_reduce(t, **kwargs))
-    y = layer(x)
-    sent.append('backward')
-    loss_of(y).backward()
-    dist.all_reduce = all_reduce
-    assert sent == (['backward'] if frozen else [7, 'backward', 6])  # 2C + 1 numbers forward, 2C backward
+    with counting() as sent:
+        y = layer(x)
+        sent.append('backward')
+        loss_of(y).backward()
+    alone = frozen or size == 1
+    assert sent == (['backward'] if alone else [7, 'backward', 6])  # 2C + 1 numbers forward, 2C backward
 
     first = rank // size * size
     ys, dxs, dparams, buffers = joined(everything[first : first + size], frozen)
@@ -92,16 +98,39 @@ def check(make_layer, shapes, frozen=False, group_size=None):
         torch.testing.assert_close(a, b, **TOLERANCE)
 
 
-def sync(group_size):
-    return SyncSN(3, group_size=group_size)
+@pytest.mark.parametrize('batch', BATCHES)
+@pytest.mark.parametrize('make', LAYERS)
+def test_two_ranks_equal_one_process_on_the_joined_batch(two, make, batch):
+    two(one_layer, make, batch)
 
 
-def converted(group_size):
-    return nn.SyncBatchNorm.convert_sync_batchnorm(SwitchNorm(3))
+@pytest.mark.parametrize('batch', ['uneven', 'empty_rank'])
+@pytest.mark.parametrize('make', ['SyncSN', 'torch'])
+def test_four_ranks_equal_one_process_on_the_joined_batch(four, make, batch):
+    four(one_layer, make, batch)
 
 
-def check_half_precision():
-    """Under AMP the layers are float32 and the maps half: statistics stay float32, and are those of all ranks."""
+@pytest.mark.parametrize('make', LAYERS)
+def test_frozen_statistics_are_not_synchronised(two, make):
+    two(one_layer, make, 'uneven', True)
+
+
+@pytest.mark.parametrize('make', ['SyncSN', 'both'])
+@pytest.mark.parametrize('batch, group_size', [('uneven', 2), ('empty_rank', 2), ('uneven', 1)])
+def test_groups(four, make, batch, group_size):
+    four(one_layer, make, batch, False, group_size)
+
+
+def wrong_group_size():
+    with pytest.raises(ValueError, match=r'group_size=3 does not divide the world size 2'):
+        SyncSN(3, group_size=3)
+
+
+def test_a_group_size_that_does_not_divide(two):
+    two(wrong_group_size)
+
+
+def half_precision():
     layer, bn = SyncSN(3, momentum=1.0), SwitchNorm(3, momentum=1.0)
     everything = [x.bfloat16() for x in batches([(2, 3, 4, 5)] * dist.get_world_size(), seed=2)]
     assert layer(everything[dist.get_rank()]).dtype == torch.bfloat16
@@ -110,29 +139,19 @@ def check_half_precision():
     torch.testing.assert_close(layer.bn.running_var, bn.bn.running_var)
 
 
-def worker(rank, world, port, cases):
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=world)
-    for case in cases:
-        check(*case)
-    check_half_precision()
-    with pytest.raises(ValueError, match=f'group_size=3 does not divide the world size {world}'):
-        SyncSN(3, group_size=3)
-    dist.barrier()
-    dist.destroy_process_group()
+def test_half_precision(two):
+    """Under AMP the layers are float32 and the maps half: statistics stay float32, and are those of all ranks."""
+    two(half_precision)
 
 
-def spawn(world, cases):
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    mp.spawn(worker, (world, port, cases), nprocs=world)  # raises what a rank raised
+def reverted():
+    layer = SwitchNorm(3)
+    x = batches([(2, 3, 4, 5)] * 2, seed=3)[dist.get_rank()].float()
+    with counting() as sent:
+        y = revert_sync_batchnorm(convert_sync_batchnorm(layer, 'torch'))(x)
+    assert sent == []
+    torch.testing.assert_close(y, SwitchNorm(3)(x))
 
 
-def test_two_ranks_equal_one_process_on_the_joined_batch():
-    cases = [(make, shapes) for make in (sync, converted) for shapes in (EVEN, UNEVEN, EMPTY_RANK, ALL_EMPTY)]
-    spawn(2, [*cases, (sync, UNEVEN, True)])
-
-
-def test_four_ranks_and_groups_of_two():
-    spawn(4, [(sync, UNEVEN), (sync, EMPTY_RANK), (sync, UNEVEN, False, 2), (sync, EMPTY_RANK, False, 2)])
+def test_reverting_ends_what_converting_began(two):
+    two(reverted)

@@ -15,6 +15,8 @@ import pytest
 import torch
 from mmengine.logging import HistoryBuffer
 
+from sn_openmmlab.safe_load import harmless
+
 TOOLS = Path(__file__).parents[1] / 'tools'
 
 # no random augmentation and no random sampling: mmengine does not save the state of the random number generators
@@ -179,6 +181,7 @@ def test_segmentation(place):
     """Trains without --work-dir, in a config without custom_imports; --out and --show-dir as mmseg does it."""
     out = call(place, sys.executable, TOOLS / 'train.py', 'seg.py', '--auto-scale-lr')
     assert 'LR is set based on batch size of 16 and the current batch size is 2' in out
+    assert 'norm_cfg says' not in out
     checkpoint = place / 'work_dirs/seg/iter_1.pth'
     assert load(checkpoint)['optimizer']['param_groups'][0]['lr'] == pytest.approx(0.01 * 2 / 16)
 
@@ -191,10 +194,23 @@ def test_segmentation(place):
     assert len(list((place / 'seg_pictures/vis_data/vis_image').glob('*.png'))) == 2
 
 
+def test_a_norm_cfg_that_does_not_reach_the_model_is_told(place):
+    """A child that redefines only the variable: what the base wrote into the model stays."""
+    (place / 'base.py').write_text((place / 'seg.py').read_text().replace("dict(type='SN'", "dict(type='SyncBN'"))
+    child = "_base_ = 'base.py'\nnorm_cfg = dict(type='SN')\nmodel = dict(auxiliary_head=dict(norm_cfg=norm_cfg))\n"
+    (place / 'child.py').write_text(child)
+    out = call(place, sys.executable, TOOLS / 'train.py', 'child.py', '--work-dir', 'child')
+    assert (
+        'WARNING - norm_cfg says SN, but backbone: 22 SyncBatchNorm; decode_head: 3 SyncBatchNorm. The variable '
+        'reaches only the parts of the model that it is written into. Unless this is meant, set '
+        'model.backbone.norm_cfg, model.decode_head.norm_cfg'
+    ) in out
+
+
 def test_two_processes(place):
     """dist_train.sh and dist_test.sh on the CPU: two processes with an image each do what one does with both."""
-    without_bn = [f"model.{part}.norm_cfg.normalizers=('in','ln')" for part in ('backbone', 'neck', 'bbox_head')]
-    options = ['--cfg-options', 'train_cfg.max_iters=1', *without_bn]
+    synchronised = [f'model.{part}.norm_cfg.type=SyncSN' for part in ('backbone', 'neck', 'bbox_head')]
+    options = ['--cfg-options', 'train_cfg.max_iters=1', *synchronised]
     call(place, sys.executable, TOOLS / 'train.py', 'det.py', '--work-dir', 'one', *options)
     two = ['--work-dir', 'two', *options, 'train_dataloader.batch_size=1']
     out = call(place, TOOLS / 'dist_train.sh', 'det.py', 2, *two)
@@ -205,7 +221,7 @@ def test_two_processes(place):
     for name in gradients:
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-5)
 
-    options = ['--work-dir', 'two', '--out', 'two.pkl', '--cfg-options', 'model.test_cfg.score_thr=0.0', *without_bn]
+    options = ['--work-dir', 'two', '--out', 'two.pkl', '--cfg-options', 'model.test_cfg.score_thr=0.0', *synchronised]
     out = call(place, TOOLS / 'dist_test.sh', 'det.py', 'two/iter_1.pth', 2, *options)
     assert 'coco/bbox_mAP' in out
     assert sorted(p['img_id'] for p in pickle.loads((place / 'two.pkl').read_bytes())) == [1, 2]
@@ -226,7 +242,7 @@ def test_a_checkpoint_that_holds_code_is_refused(place):
 
 
 @pytest.fixture
-def read(tool, tmp_path, monkeypatch):
+def read(tmp_path, monkeypatch):
     """Write an object as torch.save does, change the bytes, and read it as the tools do."""
 
     def read(content, old=b'', new=b''):
@@ -236,7 +252,7 @@ def read(tool, tmp_path, monkeypatch):
         return torch.load(path)
 
     monkeypatch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '1')
-    with torch.serialization.safe_globals(tool('safe_load').harmless()):
+    with torch.serialization.safe_globals(harmless()):
         yield read
 
 
@@ -264,7 +280,7 @@ def tool(monkeypatch):
     monkeypatch.syspath_prepend(TOOLS)
     monkeypatch.setenv('LOCAL_RANK', '0')
     yield importlib.import_module
-    for name in 'common', 'safe_load', 'train', 'test':
+    for name in 'common', 'train', 'test':
         sys.modules.pop(name, None)
 
 

@@ -12,9 +12,9 @@ from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
-from safe_load import TRUST, read_checkpoints_as_data
 
 import sn_openmmlab  # noqa: F401  (registers SN, also where the config forgets custom_imports)
+from sn_openmmlab.safe_load import TRUST, read_checkpoints_as_data
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from safe_load import load_local, read_checkpoints_as_data
+
+from sn_openmmlab.safe_load import load_local, read_checkpoints_as_data
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs/demo/mask-rcnn_r18_fpn_sn_demo.py'

@@ -1,10 +1,18 @@
 """Train the model of a config of any OpenMMLab library; the config's ``default_scope`` says which."""
 
 import argparse
+from collections import Counter, defaultdict
 
 from common import add_common_options, check_file, load_config, run
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import MODELS
+from mmengine.runner import Runner
+from mmengine.utils.dl_utils.misc import is_norm
+
+from sn_openmmlab import SwitchNorm
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,7 +49,58 @@ def main(argv: list[str] | None = None) -> None:
     if args.resume:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
-    run(cfg, lambda runner: runner.train())
+    run(cfg, train)
+
+
+def train(runner: Runner) -> None:
+    """Train with an eye on norm_cfg."""
+    runner.register_hook(WarnOfOtherNorms())
+    runner.train()
+
+
+class WarnOfOtherNorms(Hook):
+    """Warn where a norm_cfg of the config says SN and has not reached all norms of the model."""
+
+    def before_train(self, runner: Runner) -> None:
+        """Name the parts that hold other norms."""
+        said = [name for name, value in runner.cfg.items() if name.endswith('norm_cfg') and is_sn(value)]
+        others = other_norms(runner) if said else {}
+        if others:
+            held = '; '.join(
+                f'{part}: {", ".join(f"{n} {kind}" for kind, n in c.items())}' for part, c in others.items()
+            )
+            runner.logger.warning(
+                f'{said[0]} says {runner.cfg[said[0]].type}, but {held}. The variable reaches only the parts of the '
+                'model that it is written into. Unless this is meant, set '
+                + ', '.join(f'model.{part}.norm_cfg' for part in others)
+            )
+
+
+def is_sn(norm_cfg: object) -> bool:
+    """Whether a value of the config builds an SN layer."""
+    kind = norm_cfg.get('type') if isinstance(norm_cfg, dict) else None
+    kind = MODELS.get(kind) if isinstance(kind, str) else kind
+    return isinstance(kind, type) and issubclass(kind, SwitchNorm)
+
+
+def other_norms(runner: Runner) -> dict[str, Counter]:
+    """By the parts of the model, under their names in the config: how many norm layers of which kind, SN left out."""
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    own = {id(child) for m in model.modules() if isinstance(m, SwitchNorm) for child in (m, m.bn)}
+    others = defaultdict(Counter)
+    for name, m in model.named_modules():
+        kind = type(m).__name__
+        if id(m) in own or not (is_norm(m) or kind == 'SyncBatchNorm'):  # mmcv's SyncBatchNorm is none to is_norm
+            continue
+        part, config = [], runner.cfg.model
+        for key in name.split('.'):
+            config = config.get(key)
+            if not isinstance(config, dict):
+                break
+            part.append(key)
+        # mmengine's stand-in for SyncBatchNorm where there is one process
+        others['.'.join(part) or name]['SyncBatchNorm' if kind == '_BatchNormXd' else kind] += 1
+    return others
 
 
 def use_amp(parser: argparse.ArgumentParser, cfg: Config) -> None:

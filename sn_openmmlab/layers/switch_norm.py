@@ -5,12 +5,14 @@ import math
 
 import torch
 import torch.distributed as dist
-from mmengine.logging import print_log
+import torch.fx
 from mmengine.registry import MODELS
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..ops import NORMALIZERS, switch_norm
+from .loading import explain_sizes, refuse_authors_names, tell_of_batch_norm
 
 
 @MODELS.register_module('SN')
@@ -28,8 +30,8 @@ class SwitchNorm(_InstanceNorm):
     The batch statistics live in the child ``bn``, a :class:`torch.nn.BatchNorm2d` without weight and bias that is never
     called: while it is in training mode BN takes the batch's moments and the running ones are updated; in evaluation
     mode (``model.eval()``, ``norm_eval=True``, ``frozen_stages``) BN takes the running ones. IN and LN always come
-    from the sample. Where ``bn`` has been turned into a :class:`torch.nn.SyncBatchNorm` (``sync_bn='torch'``) the batch
-    moments are those of all processes.
+    from the sample. Where ``bn`` has been turned into torch's or mmcv's SyncBatchNorm (``sync_bn='torch'`` or
+    ``'mmcv'``) the batch moments are those of all processes.
 
     Three conventions, all PyTorch's and not the authors': ``momentum`` weighs the *new* value; the input is normalised
     with the *biased* variance while ``running_var`` stores the *unbiased* one; weight, bias and running statistics
@@ -95,11 +97,10 @@ class SwitchNorm(_InstanceNorm):
         self._start = start
         self.mean_weight = nn.Parameter(torch.empty(len(normalizers), **factory))
         self.var_weight = nn.Parameter(torch.empty(len(normalizers), **factory))
-        self.bn = self._make_bn(eps, momentum, factory) if 'bn' in normalizers else None
+        self.bn = None
+        if 'bn' in normalizers:
+            self.bn = nn.BatchNorm2d(num_features, eps, momentum, affine=False, **factory)
         self.reset_parameters()
-
-    def _make_bn(self, eps, momentum, factory) -> nn.Module:
-        return nn.BatchNorm2d(self.num_features, eps, momentum, affine=False, **factory)
 
     @property
     def momentum(self) -> float | None:
@@ -128,33 +129,18 @@ class SwitchNorm(_InstanceNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x`` of shape (N, C, \\*)."""
-        self._check_input_dim(x)
-        bn = self.bn
-        if bn is None:
-            return switch_norm(
-                x, self.mean_weight, self.var_weight, self.weight, self.bias, eps=self.eps, normalizers=self.normalizers
-            )
-        return switch_norm(
-            x,
-            self.mean_weight,
-            self.var_weight,
-            self.weight,
-            self.bias,
-            bn.running_mean,
-            bn.running_var,
-            bn.num_batches_tracked,
-            training=bn.training,
-            momentum=bn.momentum,
-            eps=self.eps,
-            normalizers=self.normalizers,
-            group=self._group() if bn.training else None,
-        )
+        return _normalize(self, x)
 
     def _group(self):
         """The process group that the batch moments are taken over, None where this process is alone."""
-        if not isinstance(self.bn, nn.SyncBatchNorm) or not (dist.is_available() and dist.is_initialized()):
+        alone = isinstance(self.bn, _BatchNorm) and not isinstance(self.bn, nn.SyncBatchNorm)
+        return None if alone else self._own_group()
+
+    def _own_group(self):
+        """The group that ``bn`` was converted for, or all processes; None where there is one process only."""
+        if not (dist.is_available() and dist.is_initialized()):
             return None
-        group = self.bn.process_group or dist.group.WORLD
+        group = getattr(self.bn, 'process_group', None) or dist.group.WORLD
         return group if dist.get_world_size(group) > 1 else None
 
     def _check_input_dim(self, x: Tensor) -> None:
@@ -169,6 +155,8 @@ class SwitchNorm(_InstanceNorm):
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
         """Load this layer's own keys, or BatchNorm's, or the authors' flat ones of shape (1, C, 1, 1)."""
+        if not any(key.startswith(prefix) for key in state_dict):
+            refuse_authors_names(unexpected_keys)
         if self.bn is not None:
             for name in 'running_mean', 'running_var', 'num_batches_tracked':
                 if prefix + name in state_dict:
@@ -180,7 +168,8 @@ class SwitchNorm(_InstanceNorm):
         logits = [prefix + name for name in ('mean_weight', 'var_weight')]
         if f'{prefix}bn.running_mean' in state_dict and not any(name in state_dict for name in logits):
             state_dict.update(zip(logits, (self.mean_weight.detach(), self.var_weight.detach())))
-            _tell_once(missing_keys)
+            tell_of_batch_norm(missing_keys)
+        explain_sizes([state_dict[name] for name in logits if name in state_dict], self.normalizers, error_msgs)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def extra_repr(self) -> str:
@@ -216,7 +205,8 @@ class SyncSN(SwitchNorm):
     """:class:`SwitchNorm` whose batch statistics are those of all processes, weighted by their number of pixels.
 
     Costs one all-reduce of 2C + 1 numbers forward and one of 2C backward. Every process has to call it, also one whose
-    batch is empty.
+    batch is empty, and to use its output in the loss. In evaluation mode, and in a process alone, it is
+    :class:`SwitchNorm`; its ``bn`` is a plain ``BatchNorm2d``, so that everything that freezes one freezes this one.
 
     Args:
         num_features (int): Number of channels C.
@@ -238,18 +228,32 @@ class SyncSN(SwitchNorm):
             raise ValueError(f"SyncSN synchronises batch statistics, but normalizers={self.normalizers}; use type='SN'")
         self._group()  # groups are made by all processes together, and surely all of them are here
 
-    def _make_bn(self, eps, momentum, factory) -> nn.Module:
-        return nn.SyncBatchNorm(self.num_features, eps, momentum, affine=False, **factory)
-
     def _group(self):
-        group = super()._group()
-        if group is None or self.group_size is None or self.bn.process_group is not None:
+        group = self._own_group()
+        if group is None or self.group_size is None or getattr(self.bn, 'process_group', None) is not None:
             return group
         return _subgroup(self.group_size, group) if self.group_size > 1 else None
 
     def extra_repr(self) -> str:
         """The arguments."""
         return f'{super().extra_repr()}, group_size={self.group_size}'
+
+
+@torch.fx.wrap  # a leaf of symbolic traces, which must not keep the mode that they were taken in
+def _normalize(layer: SwitchNorm, x: Tensor) -> Tensor:
+    layer._check_input_dim(x)
+    own = dict(eps=layer.eps, normalizers=layer.normalizers)
+    bn = layer.bn
+    if bn is not None:
+        own |= dict(
+            running_mean=bn.running_mean,
+            running_var=bn.running_var,
+            num_batches_tracked=bn.num_batches_tracked,
+            training=bn.training,
+            momentum=bn.momentum,
+            group=layer._group() if bn.training else None,
+        )
+    return switch_norm(x, layer.mean_weight, layer.var_weight, layer.weight, layer.bias, **own)
 
 
 @functools.lru_cache
@@ -280,18 +284,3 @@ def _logits(normalizers: tuple[str, ...], ratios) -> list[float]:
         )
     tiny = torch.finfo(torch.float32).tiny  # in place of 0: a finite logit, yet 1 + tiny == 1
     return [1 + math.log(len(ratios)) + math.log(max(ratio, tiny)) for ratio in ratios]
-
-
-_told: list | None = None
-
-
-def _tell_once(load: list) -> None:
-    """Say once a load (the list of missing keys is one object throughout) that BatchNorm weights were taken."""
-    global _told
-    if load is not _told:
-        _told = load
-        print_log(
-            'SwitchNorm layers take weight, bias and statistics from BatchNorm keys; their mean_weight and var_weight '
-            'are not in the checkpoint and keep their values.',
-            logger='current',
-        )

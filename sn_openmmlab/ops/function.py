@@ -115,7 +115,8 @@ def _forward(x, mean_weight, var_weight, weight, bias, mean_bn, var_bn, normaliz
         mean_in, var_in, mean_bn, var_bn, mean_weight, var_weight, weight, bias, normalizers, eps, h.shape[2], group
     )
     y = backend.affine(h, mean_in, a, s) if h.numel() else torch.empty_like(h)
-    return y.view(x.shape), saved, count
+    # no view of anything, since ReLU(inplace=True) follows; also without gradients, as in a checkpoint's first forward
+    return x.new_empty(0).set_(y.view(x.shape)), saved, count
 
 
 class _SwitchNorm(torch.autograd.Function):
@@ -127,7 +128,6 @@ class _SwitchNorm(torch.autograd.Function):
         ctx.save_for_backward(x, mean_weight, var_weight, weight, bias, *saved)
         ctx.normalizers, ctx.eps, ctx.count, ctx.group, ctx.backend = normalizers, eps, count, group, backend
         ctx.set_materialize_grads(False)
-        y = x.new_empty(0).set_(y)  # no view of anything: ReLU(inplace=True) follows
         if count is None:
             return y, None, None, None
         mean_bn, var_bn = saved[2:4]

@@ -1,0 +1,297 @@
+"""Checkpoints of the authors' SN models and of BatchNorm models, for the models of OpenMMLab with SN.
+
+``convert`` works on dicts of tensors; ``switchnorm://PATH`` does the same wherever a config names a checkpoint.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from mmengine.logging import print_log
+from mmengine.runner import CheckpointLoader
+from torch import Tensor
+
+from . import checkpoint_names as names
+from .layers import SwitchNorm
+from .layers.loading import AUTHORS_NAMES
+from .safe_load import read_state_dict
+
+SCHEME = 'switchnorm://'
+TARGETS = ('mmdet', 'mmseg', 'mmpretrain')
+RULES = {'bn': names.batch_norm, 'switchnorm': names.switch_norm, 'detectron': names.detectron}
+_LOGITS = ('mean_weight', 'var_weight')
+_STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
+
+
+@dataclass
+class Report:
+    """What became of the keys of a checkpoint.
+
+    Attributes:
+        source (str): Kind of the checkpoint: 'bn', 'switchnorm' or 'detectron'.
+        mapped (dict[str, str]): Each key that was taken over, and its new name.
+        skipped (dict[str, str]): Each key that was not, and why.
+        missing (list[str]): New names that a model will look for and the checkpoint has nothing for.
+        notes (list[str]): What the model has to be built with, and what looks wrong.
+    """
+
+    source: str
+    mapped: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [
+            f'{self.source} checkpoint: {len(self.mapped)} keys mapped, {len(self.skipped)} skipped, '
+            f'{len(self.missing)} missing'
+        ]
+        for reason in dict.fromkeys(self.skipped.values()):
+            lines.append(f'skipped {_few(key for key, why in self.skipped.items() if why == reason)}: {reason}')
+        if self.missing:
+            lines.append(f'missing {_few(self.missing)}')
+        return '\n  '.join([*lines, *(f'note: {note}' for note in self.notes)])
+
+
+def convert(
+    state_dict: Mapping[str, Tensor],
+    source: str = 'auto',
+    target: str | None = None,
+    init_ratios: Sequence[float] | None = None,
+) -> tuple[dict[str, Tensor], Report]:
+    """Rename the keys of a checkpoint, and reshape and reorder its tensors, for a model of OpenMMLab with SN.
+
+    SN tensors become what :class:`~sn_openmmlab.SwitchNorm` stores: weight, bias and running statistics of shape
+    *(C,)*, the statistics in the child ``bn``, and the logits of the importance ratios as they are: in the order IN,
+    LN, BN, or IN, LN.
+
+    Args:
+        state_dict (Mapping[str, Tensor]): The tensors by name; a leading ``module.`` is taken away.
+        source (str): 'switchnorm' for the authors' ImageNet ResNets and their segmentation encoder and decoder (one of
+            them, or the two in one dict), 'detectron' for their detectors, 'bn' for a model of torchvision or OpenMMLab
+            with BatchNorm, 'auto' to tell by the names. Defaults to 'auto'.
+        target (str, optional): 'mmdet', 'mmseg' or 'mmpretrain'. A backbone alone has bare names for the first two, as
+            torchvision's, and ``backbone.`` and ``head.fc.`` for the third. Defaults to None: 'mmseg' for a decoder,
+            else 'mmdet'.
+        init_ratios (Sequence[float], optional): For 'bn': importance ratios of IN, LN and BN to store. Defaults to
+            None, none are stored, and the model's own apply.
+
+    Returns:
+        tuple[dict[str, Tensor], Report]: The new state dict, and what became of the keys.
+
+    Raises:
+        ValueError: If the checkpoint is not of that kind or holds what the target cannot compute, or an argument is
+            wrong.
+    """
+    state_dict = {key.removeprefix('module.'): value for key, value in state_dict.items()}
+    source = _checked_source(state_dict, source)
+    modules: names.Modules = {}
+    for key, value in state_dict.items():
+        module, _, name = key.rpartition('.')
+        modules.setdefault(module, {})[name] = value
+    target = _checked_target(modules, source, target)
+    if init_ratios is not None and source != 'bn':
+        raise ValueError(f'init_ratios={init_ratios} is for BatchNorm checkpoints; this {source} one has its own')
+    if source != 'bn':
+        _refuse_pre_activation(modules)
+
+    result, report = {}, Report(source)
+    rules = RULES[source](modules, target)
+    for module, tensors in modules.items():
+        keys = {name: f'{module}.{name}'.lstrip('.') for name in tensors}
+        new = names.rename(module, rules)
+        if new is None:
+            raise ValueError(f'{target} has no part that is known to compute what {_few(keys.values())} do')
+        if new.startswith(names.SKIP):
+            report.skipped |= dict.fromkeys(keys.values(), new.removeprefix(names.SKIP))
+            continue
+        if 'mean_weight' in tensors:
+            renamed = _switch_norm(module, tensors, report)
+        elif source == 'bn' and 'running_mean' in tensors:
+            renamed = {name: (_place(name), value) for name, value in tensors.items()}
+            if init_ratios is not None:
+                logits = SwitchNorm(1, init_ratios=init_ratios).mean_weight.detach()
+                result |= {f'{new}.{name}': logits.clone() for name in _LOGITS}
+        else:
+            values = _reordered(new, tensors, modules, report) if source == 'detectron' else tensors
+            renamed = {name: (name, value) for name, value in values.items()}
+        for name, (place, value) in renamed.items():
+            key = f'{new}.{place}'.replace('..', '.').lstrip('.')
+            if key in result:
+                raise ValueError(f'{keys[name]} and another key would both become {key}')
+            result[key] = value
+            report.mapped[keys[name]] = key
+    if source != 'bn':
+        report.missing += _missing(result, source)
+    report.notes += _notes(result, modules, source)
+    return result, report
+
+
+@CheckpointLoader.register_scheme(prefixes=SCHEME, force=True)
+def load_from_switchnorm(filename: str, map_location=None) -> dict:
+    """Read and convert ``switchnorm://PATH``, and log what became of the keys."""
+    try:
+        state_dict, report = convert(read_state_dict(filename.removeprefix(SCHEME), map_location))
+    except ValueError as error:
+        raise ValueError(f'{filename}: {error}') from error
+    print_log(str(report), logger='current')
+    return dict(state_dict=state_dict)
+
+
+# -- what it is -----------------------------------------------------------------------------------------------------
+
+
+def _checked_source(state_dict: Mapping[str, Tensor], source: str) -> str:
+    if source not in ('auto', *RULES):
+        raise ValueError(f'source must be auto, {", ".join(RULES)}, got {source!r}')
+    layers = [key for key in state_dict if key.endswith('mean_weight')]
+    if layers and not any(AUTHORS_NAMES.search(key) for key in layers):
+        raise ValueError(f'its SN layers have names of OpenMMLab ({layers[0]}): load it as it is')
+    if layers:
+        found = 'detectron' if any(key.startswith('Conv_Body.') for key in state_dict) else 'switchnorm'
+    elif any(key.endswith('running_mean') for key in state_dict):
+        found = 'bn'
+    else:
+        raise ValueError(f'there is neither an SN nor a BatchNorm layer among its keys {_few(state_dict)}')
+    if source not in ('auto', found):
+        raise ValueError(f'by its keys {_few(state_dict)} it is a {found} checkpoint, not a {source} one')
+    return found
+
+
+def _checked_target(modules: names.Modules, source: str, target: str | None) -> str:
+    if target not in (None, *TARGETS):
+        raise ValueError(f'target must be {", ".join(TARGETS)}, got {target!r}')
+    decoder = source == 'switchnorm' and names.has_decoder(modules)
+    only, what = ('mmdet', 'detector') if source == 'detectron' else ('mmseg', 'decoder') if decoder else (None, None)
+    if only and target not in (None, only):
+        raise ValueError(f'it holds a {what}, which is for {only}, not for {target}')
+    return target or only or 'mmdet'
+
+
+def _refuse_pre_activation(modules: names.Modules) -> None:
+    for module, tensors in modules.items():
+        conv = re.sub(r'(^|\.)sn(\d)$', r'\1conv\2', module)
+        if conv != module and 'weight' in tensors and 'weight' in modules.get(conv, {}):
+            channels, outputs = tensors['weight'].numel(), len(modules[conv]['weight'])
+            if channels != outputs:
+                raise ValueError(
+                    f'{module} has {channels} channels where {conv} puts out {outputs}: it is a ResNet v2, which '
+                    "normalises before each convolution. OpenMMLab's ResNets do so after it and cannot compute it"
+                )
+
+
+# -- tensors --------------------------------------------------------------------------------------------------------
+
+
+def _place(name: str) -> str:
+    return f'bn.{name}' if name in _STATISTICS else name
+
+
+def _switch_norm(module: str, tensors: dict[str, Tensor], report: Report) -> dict[str, tuple[str, Tensor]]:
+    """The authors' layer, whose tensors are (1, C, 1, 1) and (1, C, 1), as ours: new names and values (C,)."""
+    sizes = [tensors[name].numel() for name in _LOGITS if name in tensors]
+    if sizes[0] not in (2, 3) or sizes[-1] != sizes[0]:
+        raise ValueError(f'{module} has {sizes} logits; an SN layer has 3 (IN, LN, BN) or 2 (IN, LN) of both kinds')
+    renamed = {}
+    for name, value in tensors.items():
+        if name in _STATISTICS and sizes[0] == 2:
+            report.skipped[f'{module}.{name}'] = 'statistics of the batch, in a layer without BN (2 logits)'
+            continue
+        if name in ('weight', 'bias', 'running_mean', 'running_var'):
+            if value.numel() != tensors.get('weight', value).numel():
+                raise ValueError(f'{module}.{name} has {value.numel()} values, its weight {tensors["weight"].numel()}')
+            value = value.reshape(-1)
+        elif name not in (*_LOGITS, 'num_batches_tracked'):
+            raise ValueError(f'{module}.{name} is nothing that an SN layer has')
+        renamed[name] = (_place(name), value)
+    return renamed
+
+
+def _reordered(new: str, tensors: dict[str, Tensor], modules: names.Modules, report: Report) -> dict[str, Tensor]:
+    """Predictors with their outputs in mmdet's order, other tensors as they are.
+
+    Detectron's class 0 is the background. mmdet has it last in the scores, and no boxes and masks of it.
+    """
+
+    def size(module):
+        return len(modules.get(module, {}).get('weight', ()))
+
+    classes, anchors = size('Box_Outs.cls_score'), size('RPN.RPN_bbox_pred') // 4
+    outputs = len(tensors['weight']) if 'weight' in tensors else 0
+    if new.endswith('.fc_cls'):
+        return {name: torch.cat([value[1:], value[:1]]) for name, value in tensors.items()}
+    if new == 'rpn_head.rpn_cls' and outputs == 2 * anchors:  # softmax of (no, yes) is the sigmoid of yes - no
+        return {name: value[anchors:] - value[:anchors] for name, value in tensors.items()}
+    for predictor, each, option in (
+        ('roi_head.bbox_head.fc_reg', 4, 'bbox_head.reg_class_agnostic'),
+        ('roi_head.mask_head.conv_logits', 1, 'mask_head.class_agnostic'),
+    ):
+        if new == predictor and outputs == each:
+            report.notes.append(f'one prediction for all classes: build the model with {option}=True')
+        elif new == predictor and outputs != each * classes:
+            raise ValueError(f'{new} would have {outputs} outputs for {classes} classes, not {each * classes}')
+        elif new == predictor:
+            return {name: value[each:].clone() for name, value in tensors.items()}
+    return tensors
+
+
+# -- the report -----------------------------------------------------------------------------------------------------
+
+
+def _missing(result: dict[str, Tensor], source: str) -> list[str]:
+    """Names that the others ask for: an SN layer's all, a convolution's norm, the block before, a detector's parts."""
+    wanted = []
+    for key in result:
+        layer = key.removesuffix('mean_weight')
+        if layer != key:
+            statistics = ['bn.running_mean', 'bn.running_var'] if result[key].numel() == 3 else []
+            wanted += [layer + name for name in ('weight', 'bias', 'var_weight', *statistics)]
+        wanted.append(re.sub(r'(^|\.)conv(\d\.weight)$', r'\1bn\2', key))
+        wanted.append(re.sub(r'downsample\.0\.weight$', r'downsample.1.weight', key))
+        block = re.fullmatch(r'((?:backbone\.)?layer)(\d)\.(\d+)(\.conv1\.weight)', key)
+        if block:
+            stage, number = int(block[2]), int(block[3])
+            before = f'{stage}.{number - 1}' if number else f'{max(stage - 1, 1)}.0'
+            wanted.append(f'{block[1]}{before}{block[4]}')
+    missing = [key for key in dict.fromkeys(wanted) if key not in result]
+    parts = ('backbone.conv1', 'rpn_head.rpn_cls', 'roi_head.bbox_head.fc_cls', 'roi_head.bbox_head.fc_reg')
+    if any(key.startswith('roi_head.mask_head.') for key in result):
+        parts += ('roi_head.mask_head.conv_logits',)
+    return missing + [f'{part}.weight' for part in parts if source == 'detectron' and f'{part}.weight' not in result]
+
+
+def _notes(result: dict[str, Tensor], modules: names.Modules, source: str) -> list[str]:
+    notes = []
+    sizes = [value.numel() for key, value in result.items() if key.endswith('mean_weight')]
+    if source != 'bn' and 2 in sizes:
+        where = 'all' if 3 not in sizes else f'{sizes.count(2)} of {len(sizes)}'
+        notes.append(
+            f"SN without BN in {where} layers: build them with norm_cfg=dict(type='SN', normalizers=('in', 'ln'))"
+        )
+    stem = [key for key in result if re.search(r'(^|\.)stem\.', key) and key.endswith('mean_weight')]
+    if stem and source != 'bn':
+        channels = result[stem[-1].replace('mean_weight', 'weight')].numel()
+        notes.append(f"a stem of three convolutions: build backbone.type='ResNetV1c' with stem_channels={channels}")
+    affine = [
+        m
+        for m, t in modules.items()
+        if source == 'detectron' and set(t) == {'weight', 'bias'} and t['weight'].dim() == 1
+    ]
+    if affine:
+        notes.append(
+            f'{_few(affine)}: BatchNorm folded into scale and shift; build these parts with '
+            "norm_cfg=dict(type='BN', requires_grad=False), whose statistics start at the 0 and 1 that they need"
+        )
+    for key, value in result.items():
+        if not value.isfinite().all():
+            notes.append(f'{key} has values that are not finite')
+    empty = [key for key, value in result.items() if key.endswith('bn.running_var') and not value.any()]
+    if empty:
+        notes.append(f'{_few(empty)}: all 0, as before training; the statistics of the batch are yet to be estimated')
+    return notes
+
+
+def _few(keys: Iterable[str]) -> str:
+    keys = list(keys)
+    return ', '.join(keys[:4]) + (f' and {len(keys) - 4} more' if len(keys) > 4 else '')

@@ -1,0 +1,143 @@
+"""How other code bases name the parts of a network, as rules that give the name in OpenMMLab.
+
+A rule is a pattern of a module's whole name and its new name, a template or a function of the match.
+"""
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Modules = dict[str, dict[str, Tensor]]  # tensors by name, by the name of the module that owns them
+Rules = list[tuple[str, str | Callable[[re.Match], str]]]
+
+SKIP = 'skip: '  # starts a new name that is no name, but the reason why there is none
+DECODER = r'(?:cbr|cbr_deepsup|conv_last|conv_last_deepsup|ppm)(?:\..*)?'
+_CONV_OR_NORM = {'0': 'conv', '1': 'bn'}
+
+
+def rename(module: str, rules: Rules) -> str | None:
+    """The new name of a module by the first rule that fits, None where none does."""
+    for pattern, new in rules:
+        match = re.fullmatch(pattern, module)
+        if match:
+            return new(match) if callable(new) else match.expand(new)
+    return None
+
+
+def has_decoder(modules: Modules) -> bool:
+    """Whether these are names of MIT CSAIL's decoders."""
+    return any(re.fullmatch(DECODER, module) for module in modules)
+
+
+def batch_norm(modules: Modules, target: str) -> Rules:
+    """torchvision's and OpenMMLab's own names, which stay."""
+    if any(module.startswith('backbone.') for module in modules):
+        return [('.*', r'\g<0>')]
+    prefix = 'backbone.' if target == 'mmpretrain' else ''
+    return [_classifier(target), ('.*', rf'{prefix}\g<0>')]
+
+
+def switch_norm(modules: Modules, target: str) -> Rules:
+    """The authors' ResNets: torchvision's names with ``sn`` for ``bn``; and the decoders of their segmentation.
+
+    A stem may have three convolutions, as in MIT CSAIL's ResNets.
+    """
+    prefix = 'backbone.' if target == 'mmpretrain' or has_decoder(modules) else ''
+
+    def deep_stem(match):
+        i = int(match[2]) - 1
+        if target == 'mmpretrain':
+            return f'{prefix}stem.{i}.{"conv" if match[1] == "conv" else "bn"}'
+        return f'{prefix}stem.{3 * i + (match[1] == "sn")}'
+
+    stem = [('conv1', f'{prefix}conv1'), ('sn1', f'{prefix}bn1')]
+    return [
+        *([('(conv|sn)([123])', deep_stem)] if 'conv2' in modules else stem),
+        (r'(layer\d+\.\d+\.)sn(\d)', rf'{prefix}\1bn\2'),
+        (r'layer\d+\.\d+\.(?:conv\d|downsample\.[01])', rf'{prefix}\g<0>'),
+        _classifier(target),
+        *_decoder(modules),
+    ]
+
+
+def _classifier(target: str) -> tuple[str, str]:
+    return 'fc', 'head.fc' if target == 'mmpretrain' else SKIP + f'the classifier, which no backbone of {target} has'
+
+
+def _decoder(modules: Modules) -> Rules:
+    """MIT CSAIL's one convolution (C1) and pyramid pooling (PPM), with and without deep supervision."""
+    last = 'bottleneck' if any(module.startswith('ppm.') for module in modules) else 'convs.0'
+    return [
+        (r'cbr\.([01])', lambda match: f'decode_head.convs.0.{_CONV_OR_NORM[match[1]]}'),
+        (r'cbr_deepsup\.([01])', lambda match: f'auxiliary_head.convs.0.{_CONV_OR_NORM[match[1]]}'),
+        (r'ppm\.(\d)\.1', r'decode_head.psp_modules.\1.1.conv'),
+        (r'ppm\.(\d)\.2', r'decode_head.psp_modules.\1.1.bn'),
+        (r'conv_last\.([01])', lambda match: f'decode_head.{last}.{_CONV_OR_NORM[match[1]]}'),
+        (r'conv_last(?:\.\d)?', 'decode_head.conv_seg'),
+        ('conv_last_deepsup', 'auxiliary_head.conv_seg'),
+    ]
+
+
+def detectron(modules: Modules, target: str) -> Rules:
+    """The detectors of Detectron.pytorch, with ``sn`` in the residual blocks."""
+    body, box, mask = r'Conv_Body\.(?:conv_body\.)?', 'roi_head.bbox_head.', 'roi_head.mask_head.'
+    block = r'res(\d)\.(\d+)\.((?:conv|sn|bn)\d|downsample\.[01])'
+    part = r'(?:\.([01]))?'
+    return [
+        (body + r'res1\.conv1', 'backbone.conv1'),
+        (body + r'res1\.[sb]n1', 'backbone.bn1'),
+        (body + block, _stage('backbone.')),
+        (rf'Conv_Body\.conv_top(){part}', _level(modules, 'lateral_convs', 0)),
+        (rf'Conv_Body\.topdown_lateral_modules\.(\d)\.conv_lateral{part}', _level(modules, 'lateral_convs', 1)),
+        (rf'Conv_Body\.posthoc_modules\.(\d){part}', _level(modules, 'fpn_convs', 0)),
+        (r'RPN\.(?:FPN_)?RPN_conv', 'rpn_head.rpn_conv'),
+        (r'RPN\.(?:FPN_)?RPN_cls_score', 'rpn_head.rpn_cls'),
+        (r'RPN\.(?:FPN_)?RPN_bbox_pred', 'rpn_head.rpn_reg'),
+        (r'Box_Head\.fc1?', f'{box}shared_fcs.0'),
+        (r'Box_Head\.fc2', f'{box}shared_fcs.1'),
+        (r'(Box_Head\.convs\.)(\d+)', _stacked(modules, f'{box}shared_convs')),
+        (r'Box_Head\.' + block, _stage('roi_head.shared_head.')),
+        (r'Box_Outs\.cls_score', f'{box}fc_cls'),
+        (r'Box_Outs\.bbox_pred', f'{box}fc_reg'),
+        (r'(Mask_Head\.conv_fcn\.)(\d+)', _stacked(modules, f'{mask}convs')),
+        (r'Mask_Head\.upconv5?', f'{mask}upsample'),
+        (r'Mask_Head\.res5\..*', _shared_stage(modules)),
+        (r'Mask_Outs\.classify', f'{mask}conv_logits'),
+        (r'Keypoint_(?:Head|Outs)\..*', SKIP + 'a keypoint head, which mmdet has not'),
+    ]
+
+
+def _stage(prefix: str) -> Callable[[re.Match], str]:
+    return lambda match: f'{prefix}layer{int(match[1]) - 1}.{match[2]}.{match[3].replace("sn", "bn")}'
+
+
+def _level(modules: Modules, new: str, first: int) -> Callable[[re.Match], str]:
+    """Of the pyramid: Detectron counts its levels from the coarsest, mmdet from the finest."""
+    levels = len({module.split('.')[2] for module in modules if module.startswith('Conv_Body.posthoc_modules.')})
+    return lambda match: f'neck.{new}.{levels - 1 - first - int(match[1] or 0)}.{_CONV_OR_NORM[match[2] or "0"]}'
+
+
+def _stacked(modules: Modules, new: str) -> Callable[[re.Match], str]:
+    """Of a sequence of convolutions, norms and ReLUs; mmcv has one ConvModule for each convolution."""
+
+    def name(match):
+        prefix, number = match[1], int(match[2])
+        earlier = [f'{prefix}{i}' for i in range(number + 1) if f'{prefix}{i}' in modules]
+        convolutions = [module for module in earlier if 'mean_weight' not in modules[module]]
+        return f'{new}.{len(convolutions) - 1}.{"conv" if match[0] in convolutions else "bn"}'
+
+    return name
+
+
+def _shared_stage(modules: Modules) -> Callable[[re.Match], str]:
+    """Of the mask head's res5, which mmdet has only where it is the box head's."""
+
+    def reason(match):
+        own, box = modules[match[0]], modules.get(match[0].replace('Mask_Head', 'Box_Head'), {})
+        if not all(name in box and torch.equal(value, box[name]) for name, value in own.items()):
+            raise ValueError(f"{match[0]} is not the box head's: mmdet has one res5 for boxes and masks")
+        return SKIP + "the box head's res5 again, which mmdet has once"
+
+    return reason

@@ -1,0 +1,646 @@
+"""Checkpoints of the authors' networks (authors_models.py) in models of OpenMMLab: the outputs must be the same.
+
+The authors' variance over the pixels is unbiased, this project's is not, and no checkpoint can mend that. The networks
+here have the biased one, so that all else can be held to float64; one test states what the difference comes to.
+"""
+
+import importlib
+import os
+import pickle
+import re
+import subprocess
+import sys
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from authors_models import C1, PPM, SN, FasterRCNNC4, MaskRCNN, ResNet, dilate
+from mmengine.config import Config
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import CheckpointLoader, Runner, load_checkpoint
+from test_configs import CONFIGS
+from test_models import Said
+from torch import nn
+
+from sn_openmmlab import SwitchNorm
+from sn_openmmlab.checkpoint import convert
+
+TOOLS = Path(__file__).parents[1] / 'tools'
+SN_CFG = dict(type='SN')
+STRIDE_8 = dict(strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4), contract_dilation=True)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """The command's main function."""
+    monkeypatch.syspath_prepend(TOOLS)
+    yield lambda *argv: importlib.import_module('convert_checkpoint').main([str(arg) for arg in argv])
+    for name in 'common', 'convert_checkpoint':
+        sys.modules.pop(name, None)
+
+
+def save(content, path):
+    torch.save(content, path)
+    return path
+
+
+def build(config, scope='mmdet'):
+    init_default_scope(scope)
+    return MODELS.build(config)
+
+
+def backbone(kind='mmdet.ResNet', depth=50, norm_cfg=SN_CFG, **kwargs):
+    return build(dict(type=kind, depth=depth, norm_cfg=norm_cfg, **kwargs), kind.split('.')[0])
+
+
+def same(ours, theirs):
+    ours, theirs = [x if isinstance(x, (list, tuple)) else [x] for x in (ours, theirs)]
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs):
+        assert b.std() > 1e-3  # else anything is the same
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def evaluated(model):
+    """The model in float64 and evaluation mode, if all logits came from a checkpoint."""
+    layers = [m for m in model.modules() if isinstance(m, SwitchNorm)]
+    assert layers and not any(torch.equal(m.mean_weight, torch.ones_like(m.mean_weight)) for m in layers)
+    model.double().eval()  # mmdet's backbones return nothing
+    return model
+
+
+def load_all(model, state):
+    """Load so that every tensor of the model is in the dict, and nothing else."""
+    result = model.load_state_dict(state, strict=False)
+    assert not result.unexpected_keys and all(key.endswith('num_batches_tracked') for key in result.missing_keys)
+    return evaluated(model)
+
+
+# -- ImageNet ResNets -----------------------------------------------------------------------------------------------
+
+
+class TestResNet:
+    @pytest.fixture(scope='class')
+    def theirs(self, tmp_path_factory):
+        """A checkpoint as the authors' training code writes it."""
+        torch.manual_seed(0)
+        net = ResNet(50).float()
+        state = OrderedDict((f'module.{key}', value.clone()) for key, value in net.state_dict().items())
+        assert {tuple(state[f'module.layer1.0.sn1.{name}'].shape) for name in ('weight', 'bias')} == {(1, 64, 1, 1)}
+        assert {'module.layer1.0.downsample.1.running_var', 'module.fc.bias'} <= state.keys()
+        path = tmp_path_factory.mktemp('theirs') / 'resnet50.pth'
+        return net.double(), save(dict(step=7, state_dict=state, best_prec1=0.5), path)
+
+    def test_mmdet_loads_what_the_command_wrote(self, theirs, command, tmp_path, capsys):
+        net, path = theirs
+        command(path, tmp_path / 'new.pth', '--to', 'mmdet')
+        out = capsys.readouterr().out
+        assert f'{len(net.state_dict()) - 2} keys mapped, 2 skipped, 0 missing' in out
+        assert 'skipped fc.weight, fc.bias: the classifier' in out
+        x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+        ours = load_all(backbone(), torch.load(tmp_path / 'new.pth')['state_dict'])
+        with torch.no_grad():
+            same(ours(x), net(x))
+
+    @pytest.mark.parametrize('way', ['mmdet init_cfg', 'mmseg pretrained', 'file as mmseg pretrained'])
+    def test_config_names_it(self, theirs, way, command, tmp_path):
+        net, path = theirs
+        x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+        address = f'switchnorm://{path}'
+        if way.startswith('file'):
+            command(path, tmp_path / 'new.pth', '--to', 'mmseg')
+            address = str(tmp_path / 'new.pth')
+        said = Said()
+        if way == 'mmdet init_cfg':
+            model = backbone(init_cfg=dict(type='Pretrained', checkpoint=address))
+        else:
+            model = segmentor(FCN, pretrained=address)
+            net = dilate(ResNet(50))
+            net.load_state_dict(theirs[0].state_dict())
+        said.listen()
+        model.init_weights()
+        said = '\n'.join(said.lines)
+        assert 'unexpected key' not in said and not re.search(r'missing keys in source', said)
+        assert ('371 keys mapped, 2 skipped' in said) == (not way.startswith('file'))
+        model = evaluated(getattr(model, 'backbone', model))
+        with torch.no_grad():
+            same(model(x), net(x))
+
+    @pytest.mark.parametrize(
+        'options, kind, ours',
+        [
+            (dict(with_bn=False), 'mmdet.ResNet', dict(norm_cfg=dict(type='SN', normalizers=('in', 'ln')))),
+            (dict(depth=50, caffe=True), 'mmdet.ResNet', dict(style='caffe')),
+            (dict(deep_stem=True), 'mmseg.ResNetV1c', dict(stem_channels=128)),
+            (dict(deep_stem=True), 'mmdet.ResNet', dict(deep_stem=True, stem_channels=128)),
+        ],
+        ids=['(8, 1)', 'caffe', 'mmseg deep stem', 'mmdet deep stem'],
+    )
+    def test_variants(self, options, kind, ours):
+        options = dict(depth=18) | options
+        net = ResNet(fc=False, **options)
+        state, report = convert(net.state_dict(), target=kind.split('.')[0])
+        assert len(report.mapped) == len(net.state_dict()) and not report.skipped and not report.missing
+        notes = '\n'.join(report.notes)
+        assert ("normalizers=('in', 'ln')" in notes) == ('with_bn' in options)
+        assert ('stem_channels=128' in notes) == ('deep_stem' in options)
+        ours = load_all(backbone(kind, options['depth'], **ours), state)
+        x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+        with torch.no_grad():
+            same(ours(x), net(x))
+
+    @pytest.mark.parametrize('deep_stem', [False, True])
+    def test_mmpretrain_names(self, deep_stem):
+        """mmpretrain is not installed here; its names of a stem of three are those of mmcv's ConvModule."""
+        net = ResNet(18, deep_stem=deep_stem)
+        state, report = convert(net.state_dict(), target='mmpretrain')
+        assert not report.skipped and not report.missing and len(state) == len(net.state_dict())
+        assert torch.equal(state['head.fc.weight'], net.fc.weight) and torch.equal(state['head.fc.bias'], net.fc.bias)
+        stem = {key for key in state if key.startswith(('backbone.stem.', 'backbone.conv1.', 'backbone.bn1.'))}
+        tensors = ['weight', 'bias', 'mean_weight', 'var_weight', 'bn.running_mean', 'bn.running_var']
+        if deep_stem:
+            places = [(f'backbone.stem.{i}.conv', f'backbone.stem.{i}.bn') for i in range(3)]
+        else:
+            places = [('backbone.conv1', 'backbone.bn1')]
+        assert stem == {f'{c}.weight' for c, _ in places} | {f'{n}.{t}' for _, n in places for t in tensors}
+        blocks = {f'backbone.{key}' for key in convert(net.state_dict())[0] if key.startswith('layer')}
+        assert state.keys() - stem - {'head.fc.weight', 'head.fc.bias'} == blocks
+
+    def test_their_unbiased_variance_stays_a_small_difference(self, monkeypatch):
+        """0.7 % of the last features of a 128 x 128 image (4 x 4 pixels), 0.03 % of a 512 x 512 one."""
+        net = ResNet(18, fc=False)
+        ours = load_all(backbone(depth=18), convert(net.state_dict())[0])
+        errors = {}
+        for size in 128, 512:
+            x = torch.randn(1, 3, size, size, dtype=torch.float64)
+            monkeypatch.setattr(SN, 'unbiased', True)
+            with torch.no_grad():
+                errors[size] = [((a - b).norm() / b.norm()).item() for a, b in zip(ours(x), net(x))]
+        assert 5e-3 < errors[128][3] < 1e-2 and 2e-4 < errors[512][3] < 5e-4
+        assert all(large < small / 8 for large, small in zip(errors[512], errors[128]))
+
+    def test_pre_activation_is_refused(self):
+        """ResNet v2: of each convolution's input channels is the norm before it."""
+        net = ResNet(18)
+        for number in range(1, 5):
+            for block in getattr(net, f'layer{number}'):
+                block.sn1, block.sn2 = SN(block.conv1.in_channels), SN(block.conv2.in_channels)
+        with pytest.raises(ValueError, match='layer2.0.sn1 has 64 channels .* ResNet v2'):
+            convert(net.state_dict())
+
+
+# -- segmentation ---------------------------------------------------------------------------------------------------
+
+HEAD = dict(num_classes=7, norm_cfg=SN_CFG, align_corners=False, loss_decode=dict(type='CrossEntropyLoss'))
+FCN = dict(HEAD, type='FCNHead', num_convs=1, concat_input=False, channels=32)
+PSP = dict(HEAD, type='PSPHead', channels=16)
+
+
+def segmentor(head, pretrained=None, width=64):
+    model = dict(
+        type='EncoderDecoder',
+        pretrained=pretrained,
+        backbone=dict(type='ResNet', depth=50, norm_cfg=SN_CFG, base_channels=width, stem_channels=width, **STRIDE_8),
+        decode_head=dict(head, in_channels=32 * width, in_index=3),
+        auxiliary_head=dict(FCN, in_channels=16 * width, in_index=2),
+    )
+    return build(Config(dict(model=model)).model, 'mmseg')
+
+
+class TestSegmentation:
+    @pytest.fixture(params=[(C1, FCN), (PPM, PSP)], ids=['C1', 'PPM'])
+    def theirs(self, request, tmp_path):
+        decoder, head = request.param
+        encoder, decoder = dilate(ResNet(50, fc=False, width=8)), decoder(256, 7)
+        save(encoder.state_dict(), tmp_path / 'encoder_epoch_20.pth')
+        save(decoder.state_dict(), tmp_path / 'decoder_epoch_20.pth')
+        return encoder, decoder, segmentor(head, width=8)
+
+    def check(self, theirs):
+        encoder, decoder, ours = theirs
+        x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+        with torch.no_grad():
+            features = encoder(x)
+            expected = decoder(features)
+            features = evaluated(ours).extract_feat(x)
+            same([ours.decode_head(features), ours.auxiliary_head(features)], expected)
+
+    def test_both_files_become_one_checkpoint(self, theirs, command, tmp_path, capsys):
+        command(tmp_path / 'encoder_epoch_20.pth', tmp_path / 'decoder_epoch_20.pth', tmp_path / 'whole.pth')
+        assert '0 skipped, 0 missing' in capsys.readouterr().out
+        load_all(theirs[2], torch.load(tmp_path / 'whole.pth')['state_dict'])
+        self.check(theirs)
+
+    def test_config_names_both(self, theirs, tmp_path):
+        """The encoder as ``pretrained``, the decoder as ``load_from``."""
+        model = theirs[2]
+        model.backbone.init_cfg = dict(type='Pretrained', checkpoint=f'switchnorm://{tmp_path}/encoder_epoch_20.pth')
+        runner = Runner(
+            model=model,
+            work_dir=str(tmp_path),
+            load_from=f'switchnorm://{tmp_path}/decoder_epoch_20.pth',
+            default_scope='mmseg',
+            experiment_name=tmp_path.name,
+        )
+        runner._init_model_weights()
+        runner.load_or_resume()
+        self.check(theirs)
+
+
+# -- detectors ------------------------------------------------------------------------------------------------------
+
+
+def detector(name, **changes):
+    config = Config.fromfile(CONFIGS / f'mmdet/sn/{name}_r50_fpn_sn-all_2x_coco.py')
+    config.model.backbone.init_cfg = None
+    config.merge_from_dict(changes)
+    return build(config.model)
+
+
+def last_class_first(scores):
+    """mmdet's scores with the background where Detectron has it."""
+    return torch.cat([scores[:, -1:], scores[:, :-1]], 1)
+
+
+class TestDetectors:
+    @pytest.fixture(scope='class')
+    def theirs(self):
+        torch.manual_seed(0)
+        return MaskRCNN().float().double()
+
+    def check_fpn(self, theirs, ours):
+        x = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+        with torch.no_grad():
+            pyramid = ours.neck(ours.backbone(x))
+            same(pyramid, theirs.Conv_Body(x)[::-1])
+            same(ours.rpn_head.forward_single(pyramid[0]), theirs.rpn(pyramid[0]))
+            rois = torch.randn(3, 256, 7, 7, dtype=torch.float64)
+            scores, deltas = ours.roi_head.bbox_head(rois)
+            their_scores, their_deltas = theirs.boxes(rois)
+            same([last_class_first(scores), deltas], [their_scores, their_deltas[:, 4:]])
+
+    @pytest.mark.parametrize('way', ['command', 'load_from'])
+    def test_mask_rcnn(self, theirs, way, command, tmp_path):
+        """81 classes, SN everywhere; each of the tensors has its place."""
+        content = dict(step=1, model=theirs.float().state_dict(), optimizer=dict(lr=0.1))
+        path = save(content, tmp_path / 'model_step1.pth')
+        theirs.double()
+        ours = detector('mask-rcnn')
+        if way == 'command':
+            command(path, tmp_path / 'new.pth', '--from', 'detectron', '--to', 'mmdet')
+            load_all(ours, torch.load(tmp_path / 'new.pth')['state_dict'])
+        else:
+            runner = Runner(
+                model=ours,
+                work_dir=str(tmp_path),
+                load_from=f'switchnorm://{path}',
+                default_scope='mmdet',
+                experiment_name=tmp_path.name,
+            )
+            runner.load_or_resume()
+            evaluated(ours)
+        self.check_fpn(theirs, ours)
+        rois = torch.randn(2, 256, 14, 14, dtype=torch.float64)
+        with torch.no_grad():
+            same(ours.roi_head.mask_head(rois), theirs.masks(rois)[:, 1:])
+
+    def test_faster_rcnn_with_two_layers_and_sn_in_the_backbone_only(self):
+        theirs = MaskRCNN(sn=False)
+        state, report = convert(theirs.state_dict())
+        assert len(report.mapped) == len(theirs.state_dict()) and not report.missing
+        head = dict(type='Shared2FCBBoxHead', norm_cfg=None)
+        ours = detector('faster-rcnn', **{'model.neck.norm_cfg': None, 'model.roi_head.bbox_head': head})
+        self.check_fpn(theirs, load_all(ours, state))
+
+    def test_c4(self):
+        """Without pyramid: res5 is the box head; two scores an anchor become mmdet's one."""
+        theirs = FasterRCNNC4()
+        state, report = convert(theirs.state_dict())
+        assert len(report.mapped) == len(theirs.state_dict()) and not report.missing
+        ours = load_all(build(c4_config()), state)
+        x = torch.randn(1, 3, 96, 96, dtype=torch.float64)
+        rois = torch.randn(2, 1024, 14, 14, dtype=torch.float64)
+        with torch.no_grad():
+            features = ours.backbone(x)
+            same(features, theirs.Conv_Body(x)[-1:])
+            scores = ours.rpn_head.forward_single(features[0])[0].sigmoid()
+            same(scores, theirs.objectness(features[0]))
+            scores, deltas = ours.roi_head.bbox_head(ours.roi_head.shared_head(rois))
+            their_scores, their_deltas = theirs.boxes(rois)
+            same([last_class_first(scores), deltas], [their_scores, their_deltas[:, 4:]])
+
+    def test_parts_that_mmdet_shares_or_has_not(self):
+        state = FasterRCNNC4(classes=3).state_dict()
+        state['Keypoint_Outs.classify.weight'] = torch.zeros(1)
+        copies = {key.replace('Box_Head', 'Mask_Head'): value for key, value in state.items() if 'Box_Head' in key}
+        new, report = convert(state | copies)
+        reasons = {key: reason for key, reason in report.skipped.items()}
+        assert reasons.keys() == copies.keys() | {'Keypoint_Outs.classify.weight'}
+        assert 'keypoint' in reasons.pop('Keypoint_Outs.classify.weight') and 'again' in set(reasons.values()).pop()
+        copies['Mask_Head.res5.1.sn2.bias'] = torch.ones(1, 512, 1, 1)
+        with pytest.raises(ValueError, match='Mask_Head.res5.1.sn2 is not the box head'):
+            convert(state | copies)
+
+    def test_class_agnostic_predictors_stay(self, theirs):
+        state = theirs.state_dict()
+        for name, outputs in ('Box_Outs.bbox_pred', 4), ('Mask_Outs.classify', 1):
+            state |= {f'{name}.{t}': state[f'{name}.{t}'][:outputs] for t in ('weight', 'bias')}
+        new, report = convert(state)
+        assert torch.equal(new['roi_head.bbox_head.fc_reg.weight'], state['Box_Outs.bbox_pred.weight'])
+        notes = ' '.join(report.notes)
+        assert 'bbox_head.reg_class_agnostic=True' in notes and 'mask_head.class_agnostic=True' in notes
+        state['Box_Outs.bbox_pred.bias'] = state['Box_Outs.bbox_pred.bias'].repeat(2)
+        state['Box_Outs.bbox_pred.weight'] = state['Box_Outs.bbox_pred.weight'].repeat(2, 1)
+        with pytest.raises(ValueError, match='fc_reg would have 8 outputs for 81 classes, not 324'):
+            convert(state)
+
+    def test_folded_batch_norm_is_noted(self, theirs):
+        """SN heads on a backbone with frozen BatchNorm, which Detectron stores as scale and shift."""
+        state = {}
+        for key, value in theirs.state_dict().items():
+            if '.conv_body.' not in key or not re.search(r'sn\d\.|downsample\.1\.', key):
+                state[key] = value
+            elif key.endswith(('.weight', '.bias')):
+                state[key.replace('.sn', '.bn')] = value.reshape(-1)
+        new, report = convert(state)
+        assert len(new) == len(state) and not report.missing
+        assert 'BatchNorm folded' in ' '.join(report.notes)
+        ours = detector('mask-rcnn', **{'model.backbone.norm_cfg': dict(type='BN', requires_grad=False)})
+        result = ours.load_state_dict(new, strict=False)
+        assert not result.unexpected_keys and all('running_' in key or 'tracked' in key for key in result.missing_keys)
+
+
+def c4_config():
+    import mmdet
+
+    path = Path(mmdet.__file__).parent / '.mim/configs/_base_/models/faster-rcnn_r50-caffe-c4.py'
+    config = Config.fromfile(path).model
+    for part in config.backbone, config.roi_head.shared_head:
+        part.norm_cfg, part.init_cfg = SN_CFG, None
+    return config
+
+
+# -- BatchNorm ------------------------------------------------------------------------------------------------------
+
+
+class TestBatchNorm:
+    @pytest.fixture
+    def theirs(self, tmp_path):
+        net = backbone(depth=18, norm_cfg=dict(type='BN'))
+        state = net.state_dict()
+        for value in state.values():
+            if value.dim() == 1:
+                value.uniform_(0.5, 1.5)
+        return net, save(state | {'fc.weight': torch.rand(10, 512), 'fc.bias': torch.rand(10)}, tmp_path / 'r18.pth')
+
+    def test_ratios_are_stored(self, theirs, command, tmp_path):
+        net, path = theirs
+        command('--init-ratios', 0, 0, 1, path, tmp_path / 'new.pth')
+        command(path, tmp_path / 'equal.pth')
+        state = torch.load(tmp_path / 'new.pth')['state_dict']
+        ours = backbone(depth=18)
+        ours.load_state_dict(state)
+        x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+        with torch.no_grad():
+            ours.double().eval(), net.double().eval()
+            same(ours(x), net(x))
+        ours.load_state_dict(torch.load(tmp_path / 'equal.pth')['state_dict'])
+        for layer in ours.modules():
+            if isinstance(layer, SwitchNorm):
+                torch.testing.assert_close(layer.importance_ratios, torch.full((2, 3), 1 / 3))
+
+    def test_by_the_scheme_the_models_own_ratios_stay(self, theirs):
+        _, path = theirs
+        init_cfg = dict(type='Pretrained', checkpoint=f'switchnorm://{path}')
+        ours = backbone(depth=18, norm_cfg=dict(SN_CFG, init_ratios=(0.2, 0.3, 0.5)), init_cfg=init_cfg)
+        ours.init_weights()
+        torch.testing.assert_close(ours.bn1.importance_ratios[0], torch.tensor([0.2, 0.3, 0.5]))
+        assert torch.equal(ours.bn1.bn.running_mean, torch.load(path)['bn1.running_mean'])
+
+    def test_names_for_mmpretrain_and_of_whole_models(self, theirs):
+        state = torch.load(theirs[1])
+        new, report = convert(state, target='mmpretrain')
+        assert torch.equal(new['head.fc.bias'], state['fc.bias']) and 'backbone.layer1.0.bn1.bn.running_var' in new
+        whole = {f'backbone.{key}': value for key, value in state.items() if not key.startswith('fc')}
+        new, _ = convert(whole, target='mmpretrain')
+        assert {key.replace('.bn.', '.') for key in new} == whole.keys()
+
+
+# -- the wrong kind -------------------------------------------------------------------------------------------------
+
+
+class Model(BaseModule):
+    """A model that has a backbone, as whole models do."""
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.backbone = backbone(depth=18, **kwargs)
+
+
+class TestUnconverted:
+    @pytest.fixture(params=['bare', 'module', 'backbone', 'decoder', 'detectron', 'nested'])
+    def theirs(self, request, tmp_path):
+        state = ResNet(18, width=8).float().state_dict()
+        if request.param == 'decoder':
+            state = C1(512, 7).float().state_dict()
+        prefix = dict(module='module.', backbone='backbone.', detectron='Conv_Body.conv_body.').get(request.param, '')
+        state = {prefix + key: value for key, value in state.items()}
+        return save(dict(model=state, step=1) if request.param == 'nested' else state, tmp_path / 'theirs.pth')
+
+    @pytest.mark.parametrize('way', ['load_state_dict', 'mmengine', 'init_cfg', 'load_from'])
+    def test_is_an_error_that_names_the_command(self, theirs, way, tmp_path):
+        model = Model()
+        before = {key: value.clone() for key, value in model.state_dict().items() if 'bn' in key}
+        with pytest.raises(RuntimeError, match=r'switchnorm://PATH.*tools/convert_checkpoint\.py'):
+            if way == 'load_state_dict':
+                model.load_state_dict(torch.load(theirs), strict=False)
+            elif way == 'mmengine':
+                load_checkpoint(model, str(theirs))
+            elif way == 'init_cfg':
+                model.backbone.init_cfg = dict(type='Pretrained', checkpoint=str(theirs))
+                model.init_weights()
+            else:
+                options = dict(default_scope='mmdet', experiment_name=tmp_path.name)
+                Runner(model=model, work_dir=str(tmp_path), load_from=str(theirs), **options).load_or_resume()
+        if way != 'init_cfg':  # which has initialised the other way before it reads
+            assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+
+    def test_other_partial_loads_stay_what_they_are(self):
+        """Only a layer that gets nothing complains, and only of the authors' names."""
+        model, whole = backbone(depth=18), backbone(depth=18).state_dict()
+        result = model.load_state_dict({key: v for key, v in whole.items() if 'layer4' not in key}, strict=False)
+        assert result.missing_keys and not result.unexpected_keys
+        neck = nn.ModuleDict(dict(neck=SwitchNorm(4)))
+        result = neck.load_state_dict(whole, strict=False)
+        assert set(result.unexpected_keys) == whole.keys()
+
+    @pytest.mark.parametrize('normalizers, built', [(('in', 'ln'), 3), (('in', 'ln', 'bn'), 2)])
+    def test_logits_of_another_number(self, normalizers, built, tmp_path):
+        theirs = ResNet(18, fc=False, with_bn=built == 3).float()
+        ours = backbone(depth=18, norm_cfg=dict(type='SN', normalizers=normalizers))
+        trained = {2: r"\('in', 'ln'\)", 3: r"\('in', 'ln', 'bn'\)"}[built]
+        remedy = rf"trained with normalizers={trained}, .*norm_cfg=dict\(type='SN', normalizers="
+        with pytest.raises(RuntimeError, match=remedy) as error:
+            ours.load_state_dict(convert(theirs.state_dict())[0])
+        assert str(error.value).count('SwitchNorm layers of other normalizers') == 1
+        path, said = save(theirs.state_dict(), tmp_path / 'theirs.pth'), Said()
+        said.listen()
+        load_checkpoint(ours, f'switchnorm://{path}', logger='current')
+        assert len(re.findall(remedy, '\n'.join(said.lines))) == 1
+
+
+# -- what is refused ------------------------------------------------------------------------------------------------
+
+
+class Intruder:
+    """Makes a folder when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ('intruded',)
+
+
+@pytest.fixture(scope='module')
+def good():
+    torch.manual_seed(0)
+    return ResNet(18, width=8).float().state_dict()
+
+
+def cut(good, path, zipped=True):
+    torch.save(good, path, _use_new_zipfile_serialization=zipped)
+    path.write_bytes(path.read_bytes()[:100_000])
+
+
+def zip_file(path):
+    with zipfile.ZipFile(path, 'w') as file:
+        file.writestr('readme.txt', 'hello')
+
+
+BAD = {
+    'code': (lambda good, path: torch.save(dict(state_dict=good, x=Intruder()), path), 'run posix.mkdir. Refused'),
+    'code, old format': (
+        lambda good, path: torch.save([good, Intruder()], path, _use_new_zipfile_serialization=False),
+        'run posix.mkdir. Refused',
+    ),
+    'code, plain pickle': (lambda good, path: path.write_bytes(pickle.dumps(Intruder(), 2)), 'mkdir. Refused'),
+    'truncated': (cut, 'or not all of one'),
+    'truncated, old format': (lambda good, path: cut(good, path, False), 'or not all of one'),
+    'empty': (lambda good, path: path.write_bytes(b''), 'or not all of one'),
+    'text': (lambda good, path: path.write_text('hello\n'), 'or not all of one'),
+    'zip': (lambda good, path: zip_file(path), 'or not all of one'),
+    'tensor': (lambda good, path: torch.save(torch.ones(2), path), 'a Tensor, not a state dict'),
+    'list': (lambda good, path: torch.save([torch.ones(2)], path), 'a list, not a state dict'),
+    'numbers': (lambda good, path: torch.save(dict(good, epoch=3), path), 'no state dict .* also epoch'),
+    'nothing': (lambda good, path: torch.save(dict(state_dict={}), path), 'no state dict .* nothing'),
+    'no norms': (lambda good, path: torch.save({'fc.weight': torch.ones(2)}, path), 'neither an SN nor a BatchNorm'),
+    'own': (lambda good, path: torch.save(convert(good)[0], path), 'names of OpenMMLab .*load it as it is'),
+    'unknown part': (lambda good, path: torch.save(dict(good) | {'se.weight': torch.ones(2)}, path), 'se.weight'),
+    'odd logits': (lambda good, path: torch.save(dict(good) | {'sn1.var_weight': torch.ones(2)}, path), 'sn1 .*logits'),
+    'odd size': (lambda good, path: torch.save(dict(good) | {'sn1.bias': torch.ones(2)}, path), r'sn1\.bias has 2'),
+}
+
+
+class TestRefused:
+    @pytest.mark.parametrize('kind', BAD)
+    def test_bad_file(self, kind, good, command, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')  # which is for other ways of loading
+        write, message = BAD[kind]
+        write(good, tmp_path / 'bad.pth')
+        with pytest.raises(SystemExit) as ended:
+            command('bad.pth', 'new.pth')
+        assert ended.value.code == 2
+        assert re.search(rf'bad\.pth: .*{message}', ' '.join(capsys.readouterr().err.split()))
+        with pytest.raises(ValueError, match=rf'switchnorm://bad\.pth: (?s:.)*{message}'):
+            CheckpointLoader.load_checkpoint('switchnorm://bad.pth')
+        assert [p.name for p in tmp_path.iterdir()] == ['bad.pth']
+
+    def test_no_file(self):
+        with pytest.raises(FileNotFoundError, match='none.pth'):
+            CheckpointLoader.load_checkpoint('switchnorm://none.pth')
+
+    @pytest.mark.parametrize(
+        'argv, message',
+        [
+            (['none.pth', 'new.pth'], r"checkpoint 'none\.pth' is no file"),
+            (['https://host/good.pth', 'new.pth'], 'is an address; download it'),
+            (['good.pth', 'none/new.pth'], "'none', the folder of DST"),
+            (['good.pth', 'folder'], "'folder' is a folder"),
+            (['good.pth', 'there.pth'], r"'there\.pth' exists; --force"),
+            (['good.pth', 'good.pth', '--force'], r'good\.pth is the checkpoint to convert'),
+            (['good.pth', 'good.pth', 'new.pth'], 'good.pth has keys of the file before it'),
+            (['good.pth', 'new.pth', '--from', 'bn'], 'by its keys .* is a switchnorm checkpoint, not a bn one'),
+            (['good.pth', 'new.pth', '--from', 'gn'], "invalid choice: 'gn'"),
+            (['good.pth', 'new.pth', '--to', 'mmocr'], "invalid choice: 'mmocr'"),
+            (['decoder.pth', 'new.pth', '--to', 'mmdet'], 'a decoder, which is for mmseg, not for mmdet'),
+            (['detector.pth', 'new.pth', '--to', 'mmseg'], 'a detector, which is for mmdet, not for mmseg'),
+            (['--init-ratios', '0', '0', '1', 'good.pth', 'new.pth'], 'is for BatchNorm checkpoints'),
+            (['--init-ratios', '0', '0', '2', 'bn.pth', 'new.pth'], 'init_ratios must be 3 .* sum to 1'),
+        ],
+    )
+    def test_wrong_input(self, argv, message, good, command, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / 'folder').mkdir()
+        for name in 'good', 'there':
+            save(good, tmp_path / f'{name}.pth')
+        save({f'Conv_Body.conv_body.{key}': value for key, value in good.items()}, tmp_path / 'detector.pth')
+        save(C1(512, 7).state_dict(), tmp_path / 'decoder.pth')
+        save(nn.Sequential(nn.BatchNorm2d(2)).state_dict(), tmp_path / 'bn.pth')
+        before = {path: path.stat() for path in tmp_path.rglob('*')}
+        with pytest.raises(SystemExit) as ended:
+            command(*argv)
+        assert ended.value.code == 2
+        assert re.search(message, ' '.join(capsys.readouterr().err.split()))
+        after = {path: path.stat() for path in tmp_path.rglob('*')}
+        assert {p: (s.st_mtime_ns, s.st_size) for p, s in before.items()} == {
+            p: (s.st_mtime_ns, s.st_size) for p, s in after.items()
+        }
+
+    @pytest.mark.parametrize('there', [False, True])
+    def test_failed_write_leaves_everything_as_it_was(self, there, good, tmp_path):
+        """With a limit on the size of files, as on a full disk."""
+        save(good, tmp_path / 'good.pth')
+        if there:
+            (tmp_path / 'new.pth').write_text('precious')
+        command = f'ulimit -f 100; "$0" "{TOOLS}/convert_checkpoint.py" good.pth new.pth --force'
+        done = subprocess.run(['bash', '-c', command, sys.executable], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode != 0 and 'rror' in done.stderr
+        assert sorted(p.name for p in tmp_path.iterdir()) == ['good.pth', *(['new.pth'] if there else [])]
+        assert not there or (tmp_path / 'new.pth').read_text() == 'precious'
+
+    def test_force_replaces_and_verbose_lists(self, good, command, tmp_path, capsys):
+        (tmp_path / 'new.pth').write_text('not precious')
+        command(save(good, tmp_path / 'good.pth'), tmp_path / 'new.pth', '--force', '--verbose')
+        saved = torch.load(tmp_path / 'new.pth')
+        assert saved['meta']['converted_from'] == 'switchnorm' and len(saved['state_dict']) == len(good) - 2
+        out = capsys.readouterr().out
+        assert 'sn1.running_mean -> bn1.bn.running_mean\n' in out and 'fc.bias skipped: ' in out
+
+
+def test_what_is_missing_and_what_looks_wrong_is_said(good):
+    state = dict(good)
+    for key in 'sn1.running_mean', 'layer2.0.sn2.var_weight', 'layer2.0.downsample.1.weight':
+        del state[key]
+    for key in [key for key in state if key.startswith('layer3.')]:
+        del state[key]
+    state['layer1.0.sn1.running_var'] = torch.zeros(1, 8, 1)
+    state['layer1.0.sn2.running_var'] = torch.full((1, 8, 1), torch.nan)
+    _, report = convert(state)
+    assert set(report.missing) == {
+        'bn1.bn.running_mean',
+        'layer2.0.bn2.var_weight',
+        'layer2.0.downsample.1.weight',
+        'layer3.0.conv1.weight',
+    }
+    text = str(report)
+    assert re.search(r'layer1\.0\.bn1\.bn\.running_var: all 0', text)
+    assert re.search(r'layer1\.0\.bn2\.bn\.running_var has values that are not finite', text)
+    _, report = convert({f'Conv_Body.res1.{key}': value for key, value in good.items() if key.startswith('sn1')})
+    assert report.missing[0] == 'backbone.conv1.weight' and 'roi_head.bbox_head.fc_reg.weight' in report.missing

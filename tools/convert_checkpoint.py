@@ -1,0 +1,106 @@
+"""Convert a checkpoint of the authors' SN code, or of a model with BatchNorm, for the models of OpenMMLab with SN.
+
+Authors' code: the ImageNet ResNets, the detectors, and the segmentation encoder and decoder, of which both files may be
+given, for one whole segmentor. docs/checkpoints.md says what the models have to be built with.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+from common import check_file
+
+from sn_openmmlab import __version__
+from sn_openmmlab.checkpoint import RULES, TARGETS, convert
+from sn_openmmlab.safe_load import read_state_dict
+
+EQUAL = (1 / 3, 1 / 3, 1 / 3)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read the command line, convert, and print what became of the keys."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('src', nargs='+', help='checkpoint file; encoder and decoder of a segmentor are two')
+    parser.add_argument('dst', help='file to write')
+    parser.add_argument(
+        '--from',
+        dest='source',
+        choices=['auto', *RULES],
+        default='auto',
+        help="what the checkpoint is: of a model with BatchNorm, of the authors' ResNets or segmentors (switchnorm), "
+        'or of their detectors; auto tells by its keys (default: auto)',
+    )
+    parser.add_argument(
+        '--to',
+        dest='target',
+        choices=TARGETS,
+        help='library of the model; for a backbone alone, mmpretrain also has the classifier (default: mmseg for a '
+        'decoder, else mmdet)',
+    )
+    parser.add_argument(
+        '--init-ratios',
+        nargs=3,
+        type=float,
+        metavar=('IN', 'LN', 'BN'),
+        help='for BatchNorm checkpoints: importance ratios to store (default: equal ones)',
+    )
+    parser.add_argument('--force', action='store_true', help='replace DST if it exists')
+    parser.add_argument('--verbose', action='store_true', help='list all keys')
+    args = parser.parse_args(argv)
+    check_paths(parser, args)
+    state_dict = {}
+    for src in args.src:
+        try:
+            content = read_state_dict(src)
+        except (OSError, ValueError) as error:
+            parser.error(f'{src}: {error}')
+        if state_dict.keys() & content.keys():
+            parser.error(f'{src} has keys of the file before it, such as {min(state_dict.keys() & content.keys())}')
+        state_dict |= content
+    try:
+        result, report = convert(state_dict, args.source, args.target, args.init_ratios)
+        if report.source == 'bn' and args.init_ratios is None:
+            result, report = convert(state_dict, args.source, args.target, EQUAL)
+    except ValueError as error:
+        parser.error(f'{" ".join(args.src)}: {error}')
+    save(dict(state_dict=result, meta=dict(sn_openmmlab_version=__version__, converted_from=report.source)), args.dst)
+    if args.verbose:
+        for old, new in report.mapped.items():
+            print(f'{old} -> {new}')
+        for old, reason in report.skipped.items():
+            print(f'{old} skipped: {reason}')
+        for new in report.missing:
+            print(f'{new} missing')
+    print(f'{args.dst}: {report}')
+
+
+def check_paths(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with an error where a file is not there, or is there and would be lost."""
+    dst = Path(args.dst)
+    for src in args.src:
+        if '://' in src:
+            parser.error(f'checkpoint {src!r} is an address; download it, and give the file')
+        check_file(parser, 'checkpoint', src)
+        if dst.exists() and dst.samefile(src):
+            parser.error(f'{args.dst} is the checkpoint to convert; give another name to write')
+    if not dst.parent.is_dir():
+        parser.error(f'{str(dst.parent)!r}, the folder of DST, does not exist')
+    if dst.is_dir():
+        parser.error(f'{args.dst!r} is a folder; give a file')
+    if dst.exists() and not args.force:
+        parser.error(f'{args.dst!r} exists; --force replaces it')
+
+
+def save(content: dict, path: str) -> None:
+    """Write a checkpoint under a temporary name beside ``path`` and rename it, so that ``path`` is never half one."""
+    part = Path(f'{path}.{os.getpid()}.part')
+    try:
+        torch.save(content, part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+if __name__ == '__main__':
+    main()
