@@ -15,6 +15,7 @@ A task is a module beside this one with
 """
 
 import argparse
+import copy
 import importlib
 import itertools
 import json
@@ -26,7 +27,8 @@ from pathlib import Path
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.hooks import Hook
-from mmengine.runner import Runner, set_random_seed
+from mmengine.registry import MODELS
+from mmengine.runner import Runner, TestLoop, set_random_seed
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
@@ -200,7 +202,7 @@ class Record(Hook):
 
     def after_val_epoch(self, runner, metrics=None) -> None:
         """Complete the row of an epoch, once."""
-        self.state['curve'][-1].setdefault('metrics', metrics)
+        self.state['curve'][-1].setdefault('metrics', _numbers(metrics))
         self._save()
 
     def _save(self) -> None:
@@ -211,16 +213,36 @@ def evaluate(runner: Runner, metrics: dict, seed: int) -> dict:
     """Metrics at the end, with the moving average and, where there are batch statistics, with their batch average.
 
     The batch average (Luo et al., section 3.1) freezes the network and averages the statistics of all mini-batches of
-    one epoch, equally weighted.
+    one epoch, equally weighted. Where the task has a ``tta_model``, both are also tested with it.
     """
-    final = {'moving average': metrics}
+    final = {'moving average': metrics} | _augmented(runner, 'moving average')
     if not any(isinstance(m, _BatchNorm) for m in runner.model.modules()):
         return final
     set_random_seed(seed)
     runner.train_dataloader.sampler.set_epoch(0)
     with torch.no_grad():
         update_bn(runner.train_dataloader, _Loss(runner.model))
-    return final | {'batch average': runner.val_loop.run()}
+    return final | {'batch average': _numbers(runner.val_loop.run())} | _augmented(runner, 'batch average')
+
+
+def _augmented(runner: Runner, name: str) -> dict:
+    """Metrics of the test with augmented images, by the config's ``tta_model`` and ``tta_pipeline``, if it has them."""
+    cfg = runner.cfg
+    if not cfg.get('tta_model'):
+        return {}
+    loader, model = copy.deepcopy(cfg.test_dataloader), runner.model
+    loader.dataset.pipeline = cfg.tta_pipeline
+    loop = TestLoop(runner, loader, cfg.test_evaluator)
+    runner.model = MODELS.build(dict(cfg.tta_model, module=model))
+    try:
+        return {f'{name}, multi-scale': _numbers(loop.run())}
+    finally:
+        runner.model = model
+
+
+def _numbers(metrics: dict) -> dict:
+    """mmseg's metrics are numpy's float32, rounded to two digits, which JSON does not know."""
+    return {name: round(value.item(), 6) if hasattr(value, 'item') else value for name, value in metrics.items()}
 
 
 class _Loss(nn.Module):
