@@ -124,11 +124,11 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
-def write(name: str, result: dict) -> Path:
+def write(name: str, result: dict, folder: Path = RESULTS) -> Path:
     """Write a result file, whole or not at all."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f'{name}.json'
-    partial = path.with_suffix('.partial')
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f'{name}.json'
+    partial = folder / f'{name}.partial'
     partial.write_text(json.dumps(result, indent=1) + '\n')
     partial.replace(path)
     return path
