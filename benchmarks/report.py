@@ -125,6 +125,17 @@ def plot(result: dict, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def rewrite(tables: dict[Path, list[str]], check: bool) -> None:
+    """Put tables between the markers of files; or only check that they are there."""
+    begin, end = '<!-- tables begin -->', '<!-- tables end -->'
+    for path, parts in tables.items():
+        text = path.read_text()
+        new = re.sub(f'{begin}.*{end}', lambda _, parts=parts: '\n\n'.join([begin, *parts, end]), text, flags=re.DOTALL)
+        if check and new != text:
+            sys.exit(f'{path} is not what the result files say; run the report again, without --check')
+        path.write_text(new)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Rewrite or check the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -134,13 +145,7 @@ def main(argv: list[str] | None = None) -> None:
         README: [*map(summary, load('switch_norm_*_float32_contiguous.json'))],
         DETAILS: [*map(model_table, load('models_*.json')), *map(layer_tables, load('switch_norm_*.json'))],
     }
-    begin, end = '<!-- tables begin -->', '<!-- tables end -->'
-    for path, parts in tables.items():
-        text = path.read_text()
-        new = re.sub(f'{begin}.*{end}', lambda _, parts=parts: '\n\n'.join([begin, *parts, end]), text, flags=re.DOTALL)
-        if args.check and new != text:
-            sys.exit(f'{path} is not what the result files say; run python -m benchmarks.report')
-        path.write_text(new)
+    rewrite(tables, args.check)
     if args.check:
         return
     for result in load('switch_norm_cpu_float32_contiguous.json'):

@@ -13,7 +13,7 @@ from benchmarks.accuracy.data import data_root
 
 METRIC = 'coco/bbox_mAP'
 LABEL = 'box AP'
-EPOCHS = 24
+EPOCHS = 18
 LR = 0.02  # at 2 images a step
 
 

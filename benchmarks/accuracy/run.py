@@ -36,7 +36,7 @@ from torch.optim.swa_utils import update_bn
 from benchmarks.accuracy.data import ROOT
 from benchmarks.harness import environment, write
 from sn_openmmlab import SwitchNorm
-from tools.safe_load import read_checkpoints_as_data
+from sn_openmmlab.safe_load import read_checkpoints_as_data
 
 RESULTS = Path(__file__).parent / 'results'
 WORK_DIR = ROOT / 'work_dirs/accuracy'
@@ -82,6 +82,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if bool(args.variant) != bool(args.cfg_options):
         parser.error('--variant and --cfg-options belong together: results of another config need another name')
+    if min(args.seed) < 0 or any(n is not None and n <= 0 for n in (args.images, args.epochs, args.lr)):
+        parser.error('--images, --epochs and --lr must be above 0, and --seed at least 0')
     task = load_task(args.task)
     lr, epochs = args.lr or task.LR * args.images / 2, args.epochs or task.EPOCHS
     for seed, norm in itertools.product(args.seed, args.norm):
@@ -98,7 +100,7 @@ def load_task(name: str):
 def cell_config(cell: Cell, work_dir: Path) -> Config:
     """The task's config and what is the same for all tasks."""
     cfg = load_task(cell.task).config(dict(NORMS[cell.norm]), cell.images, cell.lr, cell.epochs)
-    interval = max(1, cell.epochs // 8)
+    interval = max(1, cell.epochs // 6)
     cfg.merge_from_dict(
         dict(
             work_dir=str(work_dir / cell.name),
@@ -119,48 +121,44 @@ def run_cell(cell: Cell, work_dir: Path = WORK_DIR, results: Path = RESULTS) -> 
     """Train a cell to its end and write its result; or read the one that is there.
 
     Raises:
-        ValueError: If the work folder holds a training of this name by another config.
+        ValueError: If there is a result or a started training of this name by another config.
     """
-    if (results / f'{cell.name}.json').exists():
-        return json.loads((results / f'{cell.name}.json').read_text())
-    cfg = cell_config(cell, work_dir)
-    state = _state(cfg, Path(cfg.work_dir))
+    cfg, path = cell_config(cell, work_dir), results / f'{cell.name}.json'
+    state = dict(config=_plain(cfg), environments=[], curve=[])
+    for known in path, Path(cfg.work_dir, 'state.json'):
+        if known.exists():
+            found = json.loads(known.read_text())
+            if found['config'] != state['config']:
+                raise ValueError(f'{known} is of another config; remove it, or give the other one a --variant name')
+            if known == path:
+                return found
+            state = found
     state['environments'].append(environment(torch.device('cuda' if torch.cuda.is_available() else 'cpu')))
     read_checkpoints_as_data()
     runner = Runner.from_cfg(cfg)
-    record = Record(state, Path(cfg.work_dir), cell.seed)
-    runner.register_hook(record)
+    runner.register_hook(Record(state, Path(cfg.work_dir), cell.seed))
     try:
         runner.train()
         final = evaluate(runner, state['curve'][-1]['metrics'], cell.seed)
     except Diverged as error:
         final = dict(diverged=str(error))
-    layers = {name: m for name, m in runner.model.named_modules() if isinstance(m, SwitchNorm)}
+    layers = {} if 'diverged' in final else dict(runner.model.named_modules())
     result = dict(
         **asdict(cell),
         final=final,
         seconds=sum(row['seconds'] for row in state['curve']),
         iterations=len(runner.train_dataloader) * len(state['curve']),
         **state,
-        importance_ratios={name: layer.importance_ratios.tolist() for name, layer in layers.items()},
+        importance_ratios={n: m.importance_ratios.tolist() for n, m in layers.items() if isinstance(m, SwitchNorm)},
     )
-    write(cell.name, result, results)
-    return result
+    return json.loads(write(cell.name, result, results).read_text())
 
 
-def _state(cfg: Config, folder: Path) -> dict:
-    """What is known of a training: its config, the environment of each start, and a row for each epoch."""
-    config = json.loads(json.dumps(cfg.to_dict()))
-    config.pop('work_dir')
+def _plain(cfg: Config) -> dict:
+    """A config as JSON has it, without this machine's folders."""
     root = cfg.val_dataloader.dataset.data_root
-    config = json.loads(json.dumps(config).replace(root, f'$SN_DATA_ROOT/{Path(root).name}/'))
-    path = folder / 'state.json'
-    if not path.exists():
-        return dict(config=config, environments=[], curve=[])
-    state = json.loads(path.read_text())
-    if state['config'] != config:
-        raise ValueError(f'{folder} holds a training by another config; remove it to start this one')
-    return state
+    text = json.dumps({k: v for k, v in cfg.to_dict().items() if k != 'work_dir'})
+    return json.loads(text.replace(root, f'$SN_DATA_ROOT/{Path(root).name}/'))
 
 
 class Diverged(ArithmeticError):
@@ -192,7 +190,7 @@ class Record(Hook):
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
         """Stop where the loss is no number."""
-        self.losses.append(float(outputs['loss']))
+        self.losses.append(outputs['loss'].item())
         if not math.isfinite(self.losses[-1]):
             raise Diverged(f'loss {self.losses[-1]} in iteration {runner.iter + 1}')
 
@@ -221,6 +219,7 @@ def evaluate(runner: Runner, metrics: dict, seed: int) -> dict:
     if not any(isinstance(m, _BatchNorm) for m in runner.model.modules()):
         return final
     set_random_seed(seed)
+    runner.train_dataloader.sampler.set_epoch(0)
     with torch.no_grad():
         update_bn(runner.train_dataloader, _Loss(runner.model))
     return final | {'batch average': _numbers(runner.val_loop.run())} | _augmented(runner, 'batch average')

@@ -1,0 +1,144 @@
+"""Result files of accuracy cells to the tables of README.md beside this file, and to plots.
+
+python -m benchmarks.accuracy.report           # rewrite what stands between the markers of README.md, and the plots
+python -m benchmarks.accuracy.report --check   # fail if that would change the tables
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+from benchmarks.accuracy.run import NORMS, RESULTS, TASKS, load_task
+from benchmarks.report import rewrite
+
+README = Path(__file__).parent / 'README.md'
+PLOTS = Path(__file__).resolve().parents[2] / 'docs/images'
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Rewrite or check the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--check', action='store_true')
+    args = parser.parse_args(argv)
+    by_task = {task: load(task) for task in TASKS}
+    parts = [tables(task, results) for task, results in by_task.items() if results]
+    rewrite({README: parts or ['No cell has been trained yet.']}, args.check)
+    if not args.check:
+        for task, results in by_task.items():
+            plot(task, results, PLOTS / f'accuracy_{task}.png')
+        print('wrote', README)
+
+
+def load(task: str) -> list[dict]:
+    """The results of a task, by norm, images per step and seed."""
+    results = [json.loads(path.read_text()) for path in RESULTS.glob(f'{task}_*.json')]
+    order = list(NORMS)
+    return sorted(results, key=lambda r: (order.index(r['norm']), r['images'], r['lr'], r['epochs'], r['seed']))
+
+
+def is_main(result: dict) -> bool:
+    """Whether a cell was trained as its task says: full length, the common learning rate, nothing else changed."""
+    task = load_task(result['task'])
+    return (result['lr'], result['epochs'], result['variant']) == (task.LR * result['images'] / 2, task.EPOCHS, '')
+
+
+def tables(name: str, results: list[dict]) -> str:
+    """The comparison, by norm and images per step; and all other cells: learning rates and variants."""
+    task = load_task(name)
+    text = [f'### {task.__doc__.splitlines()[0]}', '', _conditions(results)]
+    groups = {}
+    for result in filter(is_main, results):
+        groups.setdefault((result['norm'], result['images']), []).append(result)
+    if groups:
+        kinds = list(dict.fromkeys(k for r in filter(is_main, results) for k in r['final'] if k != 'diverged'))
+        kinds = kinds or ['moving average']
+        text += [
+            '',
+            f'{task.EPOCHS} epochs, learning rate {task.LR:g} for 2 images a step. {task.LABEL} after the last ',
+        ]
+        text[-1] += 'epoch: mean ± standard deviation (lowest to highest) of the seeds.'
+        text += ['', '| norm | images per step | seeds | ' + ' | '.join(kinds) + ' | seconds per iteration |']
+        text += ['| :--- | ---: | ---: |' + ' ---: |' * (len(kinds) + 1)]
+        for (norm, images), cells in groups.items():
+            values = [_spread([_value(r, kind, task.METRIC) for r in cells]) for kind in kinds]
+            if all('diverged' in r['final'] for r in cells):
+                values[0] = 'diverged'
+            seconds = sum(r['seconds'] for r in cells) / max(1, sum(r['iterations'] for r in cells))
+            text.append('| ' + ' | '.join([norm, str(images), str(len(cells)), *values, f'{seconds:.2f}']) + ' |')
+    others = [r for r in results if not is_main(r)]
+    if others:
+        text += ['', f'Learning rates and variants, {task.LABEL} after the last epoch:', '']
+        text += [f'| norm | images per step | learning rate | epochs | changed | seed | {task.LABEL} |']
+        text += ['| :--- | ---: | ---: | ---: | :--- | ---: | ---: |']
+        for r in others:
+            value = _spread([_value(r, 'moving average', task.METRIC)]) or 'diverged'
+            row = [r['norm'], str(r['images']), f'{r["lr"]:g}', str(r['epochs']), r['variant'], str(r['seed']), value]
+            text.append('| ' + ' | '.join(row) + ' |')
+    return '\n'.join(text)
+
+
+def _value(result: dict, kind: str, metric: str) -> float | None:
+    """The metric; None where there is none of this kind, and 0 where mmdet gave none since nothing was detected."""
+    return result['final'][kind].get(metric, 0.0) if kind in result['final'] else None
+
+
+def _spread(values: list[float | None]) -> str:
+    """Mean, and the spread where there is more than one; and how many have none."""
+    known = [v for v in values if v is not None]
+    if not known:
+        return ''
+    text = f'{statistics.mean(known):.3g}'
+    if len(known) > 1:
+        text += f' ± {statistics.stdev(known):.3g} ({min(known):.3g} to {max(known):.3g})'
+    return text + (f', {len(values) - len(known)} diverged' if len(known) < len(values) else '')
+
+
+def _conditions(results: list[dict]) -> str:
+    environments = [e for r in results for e in r['environments']]
+    several = {
+        key: ', '.join(sorted({str(e[key]) for e in environments})) for key in ('device', 'torch', 'threads', 'commit')
+    }
+    dates = sorted(e['date'] for e in environments)
+    return (
+        f'{several["device"]}, torch {several["torch"]}, {several["threads"]} threads, {dates[0]} to {dates[-1]}, '
+        f'commit {several["commit"]}.'
+    )
+
+
+def plot(name: str, results: list[dict], path: Path) -> None:
+    """The metric over epochs at 2 images a step: a thin line for each seed, a thick one for their mean."""
+    results = [r for r in results if is_main(r) and r['images'] == 2 and 'diverged' not in r['final']]
+    if not results:
+        return
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+
+    task = load_task(name)
+    figure, axes = plt.subplots(figsize=(6, 4), layout='constrained')
+    for i, norm in enumerate(NORMS):
+        curves = [
+            {row['epoch']: row['metrics'].get(task.METRIC, 0.0) for row in r['curve'] if 'metrics' in row}
+            for r in results
+            if r['norm'] == norm
+        ]
+        if not curves:
+            continue
+        for curve in curves:
+            axes.plot(*zip(*curve.items()), color=f'C{i}', linewidth=0.6, alpha=0.6)
+        mean = {epoch: statistics.mean(curve[epoch] for curve in curves) for epoch in curves[0]}
+        seeds = f'{len(curves)} seed{"s" if len(curves) > 1 else ""}'
+        axes.plot(*zip(*mean.items()), color=f'C{i}', linewidth=2, label=f'{norm} ({seeds})')
+    axes.set_xlabel('epoch')
+    axes.set_ylabel(task.LABEL)
+    axes.set_title(f'{name.upper()}, 2 images a step', fontsize=10)
+    axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,196 @@
+"""Accuracy cells: each task trains with each norm, and one that was stopped ends as if it had not been."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.accuracy import report, run  # noqa: E402
+
+SMALL = {
+    'train_dataloader.dataset.pipeline.2.scale': (64, 48),
+    'val_dataloader.dataset.pipeline.1.scale': (64, 48),
+    'model.train_cfg.rcnn.sampler.num': 8,
+}
+CELL = run.Cell('bccd', 'SN', images=2, seed=3, lr=0.01, epochs=2, variant='small', options=SMALL)
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """The folder of a data set of BCCD's layout, with four training and two validation images of bright ellipses."""
+    root = tmp_path_factory.mktemp('data')
+    rng = np.random.default_rng(0)
+    for split, count in ('train', 4), ('val', 2):
+        (root / 'bccd' / split).mkdir(parents=True)
+        (root / 'bccd/annotations').mkdir(exist_ok=True)
+        images, annotations = [], []
+        for i in range(1, count + 1):
+            picture = rng.integers(0, 60, (96, 128, 3), dtype=np.uint8)
+            for _ in range(3):
+                w, h = (int(v) for v in rng.integers(10, 20, 2) * 2)
+                x, y = int(rng.integers(0, 128 - w)), int(rng.integers(0, 96 - h))
+                cv2.ellipse(picture, (x + w // 2, y + h // 2), (w // 2, h // 2), 0, 0, 360, (90, 60, 220), -1)
+                box = dict(bbox=[x, y, w, h], area=w * h, iscrowd=0, category_id=int(rng.integers(1, 4)))
+                annotations.append(dict(id=len(annotations) + 1, image_id=i, **box))
+            cv2.imwrite(str(root / f'bccd/{split}/{i}.jpg'), picture)
+            images.append(dict(id=i, file_name=f'{i}.jpg', height=96, width=128))
+        categories = [dict(id=i, name=name) for i, name in enumerate(('RBC', 'WBC', 'Platelets'), 1)]
+        content = dict(images=images, annotations=annotations, categories=categories)
+        (root / f'bccd/annotations/{split}.json').write_text(json.dumps(content))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def root(data, monkeypatch):
+    monkeypatch.setenv('SN_DATA_ROOT', str(data))
+
+
+def train(cell, folder):
+    return run.run_cell(cell, folder / 'work', folder / 'results')
+
+
+def weights(cell, folder):
+    path = folder / 'work' / cell.name / f'epoch_{cell.epochs}.pth'
+    return torch.load(path, weights_only=False)['state_dict']  # our own
+
+
+@pytest.fixture(scope='module')
+def straight(data, tmp_path_factory):
+    """A cell trained without a stop."""
+    folder = tmp_path_factory.mktemp('straight')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('SN_DATA_ROOT', str(data))
+        result = train(CELL, folder)
+    return folder, result
+
+
+def test_a_cell_records_what_it_was_and_did(straight):
+    folder, result = straight
+    assert result == json.loads((folder / f'results/{CELL.name}.json').read_text())
+    assert (result['task'], result['norm'], result['images'], result['seed']) == ('bccd', 'SN', 2, 3)
+    assert result['config']['randomness']['seed'] == 3
+    assert result['config']['optim_wrapper']['optimizer']['lr'] == 0.01
+    assert str(folder.parent) not in json.dumps(result)
+    assert result['iterations'] == 4 and result['seconds'] > 0
+    assert [row['epoch'] for row in result['curve']] == [1, 2]
+    assert all(np.isfinite(row['loss']) and 'coco/bbox_mAP' in row['metrics'] for row in result['curve'])
+    assert {*result['final']} == {'moving average', 'batch average'}
+    assert result['final']['moving average'] == result['curve'][-1]['metrics']
+    [environment] = result['environments']
+    assert environment['torch'] == torch.__version__
+    assert len(result['importance_ratios']) == 20 + 8 + 4
+
+
+def test_a_trained_cell_is_not_trained_again(straight, monkeypatch):
+    monkeypatch.setattr(run, 'Runner', None)
+    assert train(CELL, straight[0]) == straight[1]
+
+
+@pytest.mark.parametrize(
+    'hook, iterations',
+    [('before_train_iter', 3), ('before_val_epoch', 2), ('before_save_checkpoint', 4), ('after_train', 4)],
+)
+def test_a_stopped_cell_ends_as_one_straight_through(hook, iterations, straight, tmp_path, monkeypatch):
+    """Stopped in an epoch, in an evaluation, before a checkpoint and after the last epoch. Bitwise equal."""
+
+    def stop(record, runner, *args, **kwargs):
+        if runner.iter == iterations:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Record, hook, stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(CELL, tmp_path)
+    assert not (tmp_path / 'results').exists()
+    result = train(CELL, tmp_path)
+    assert len(result['environments']) == 2
+    for key in 'final', 'importance_ratios', 'config', 'iterations':
+        assert result[key] == straight[1][key], key
+    for row, other in zip(result['curve'], straight[1]['curve'], strict=True):
+        assert row | dict(seconds=0) == other | dict(seconds=0)
+    resumed, expected = weights(CELL, tmp_path), weights(CELL, straight[0])
+    assert resumed.keys() == expected.keys()
+    assert [key for key in resumed if not torch.equal(resumed[key], expected[key])] == []
+
+
+@pytest.mark.parametrize('norm', [norm for norm in run.NORMS if norm != 'SN'])
+def test_the_other_norms_train_the_same_network(norm, tmp_path, straight):
+    cell = replace(CELL, norm=norm, epochs=1)
+    result = train(cell, tmp_path)
+    assert np.isfinite(result['curve'][0]['loss'])
+    assert ('batch average' in result['final']) == (norm == 'BN')
+    own = ('mean_weight', 'var_weight', 'running_mean', 'running_var', 'num_batches_tracked')
+    shapes = [
+        {
+            k: v.shape
+            for k, v in weights(c, f).items()
+            if k.split('.')[-1] not in own and '.gn' not in k and '.bn' not in k
+        }
+        for c, f in ((cell, tmp_path), (CELL, straight[0]))
+    ]
+    assert shapes[0] == shapes[1] and len(shapes[0]) > 40
+
+
+def test_another_config_under_the_same_name_is_refused(straight, monkeypatch, tmp_path):
+    folder, _ = straight
+    other = replace(CELL, options={**SMALL, 'optim_wrapper.clip_grad.max_norm': 1})
+    for results in folder / 'results', tmp_path:
+        with pytest.raises(ValueError, match='of another config; remove it'):
+            run.run_cell(other, folder / 'work', results)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_loss_that_is_no_number_ends_the_cell_as_diverged(tmp_path):
+    result = train(replace(CELL, lr=1e30), tmp_path)
+    assert 'loss' in result['final']['diverged'] and 'iteration' in result['final']['diverged']
+    assert result['importance_ratios'] == {}  # they would be no numbers, which JSON has not
+
+
+def test_missing_data_and_wrong_options_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('SN_DATA_ROOT', str(tmp_path))
+    with pytest.raises(FileNotFoundError, match='SN_DATA_ROOT'):
+        train(CELL, tmp_path)
+    for wrong, said in (['--variant', 'x'], 'belong together'), (['--lr', '0'], 'must be above 0'):
+        with pytest.raises(SystemExit):
+            run.main(['--task', 'bccd', '--norm', 'SN', *wrong])
+        assert said in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+
+
+def test_tables_are_generated_from_the_cells():
+    report.main(['--check'])
+
+
+def test_tables_say_how_many_seeds_and_how_far_they_spread():
+    task = run.load_task('bccd')
+
+    def cell(norm, seed, values, **changes):
+        made = run.Cell('bccd', norm, 2, seed, task.LR, task.EPOCHS)
+        final = {name: {task.METRIC: value} for name, value in values.items()}
+        env = dict(device='CPU', torch='2', threads=2, date='d', commit='c')
+        return {**vars(made), 'final': final, 'seconds': 60, 'iterations': 100, 'environments': [env], **changes}
+
+    results = [
+        cell('SN', 0, {'moving average': 0.5, 'batch average': 0.6}),
+        cell('SN', 1, {'moving average': 0.3, 'batch average': 0.4}),
+        cell('GN', 0, {'moving average': 0.25}),
+        cell('BN', 0, {}, final=dict(diverged='loss nan in iteration 7')),
+        cell('BN', 0, {'moving average': 0.125}, lr=task.LR / 2, epochs=3),
+    ]
+    rows = [
+        [c.strip() for c in line.split('|')[1:-1]]
+        for line in report.tables('bccd', results).splitlines()
+        if '|' in line
+    ]
+    main = {row[0]: row for row in rows[2:5]}
+    assert main['SN'][1:5] == ['2', '2', '0.4 ± 0.141 (0.3 to 0.5)', '0.5 ± 0.141 (0.4 to 0.6)']
+    assert main['GN'][1:5] == ['2', '1', '0.25', '']
+    assert main['BN'][1:5] == ['2', '1', 'diverged', '']
+    assert rows[7][:6] == ['BN', '2', f'{task.LR / 2:g}', '3', '', '0'] and rows[7][6] == '0.125'
