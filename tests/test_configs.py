@@ -9,6 +9,7 @@ import yaml
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.utils.dl_utils.parrots_wrapper import SyncBatchNorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
@@ -17,7 +18,7 @@ from sn_openmmlab import SwitchNorm, SyncSN
 CONFIGS = Path(__file__).parent.parent / 'configs'
 SHIPPED = sorted(p for p in CONFIGS.glob('**/*.py') if '_base_' not in p.parts)
 COCO = sorted((CONFIGS / 'mmdet/sn').glob('*.py'))
-NORMS = dict(sn=SwitchNorm, syncsn=SyncSN, bn=nn.BatchNorm2d, syncbn=nn.SyncBatchNorm, gn=nn.GroupNorm)
+NORMS = dict(sn=SwitchNorm, syncsn=SyncSN, bn=nn.BatchNorm2d, syncbn=SyncBatchNorm, gn=nn.GroupNorm)
 
 
 def build(config):
