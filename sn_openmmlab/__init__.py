@@ -10,6 +10,7 @@ if importlib.util.find_spec('mmengine') is None:
     )
 
 from . import bases
+from .convert import convert_switch_norm
 from .layers import SwitchNorm, SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SyncSN
 from .ops import switch_norm
 from .version import __version__
@@ -23,5 +24,6 @@ __all__ = [
     'SwitchNorm3d',
     'SyncSN',
     '__version__',
+    'convert_switch_norm',
     'switch_norm',
 ]
