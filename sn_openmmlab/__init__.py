@@ -13,6 +13,7 @@ from . import bases
 from .convert import convert_switch_norm
 from .layers import SwitchNorm, SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SyncSN
 from .ops import switch_norm
+from .swap import swap_norm
 from .version import __version__
 
 bases.register()
@@ -25,5 +26,6 @@ __all__ = [
     'SyncSN',
     '__version__',
     'convert_switch_norm',
+    'swap_norm',
     'switch_norm',
 ]

@@ -14,7 +14,6 @@ from torch.overrides import TorchFunctionMode
 from .convert import is_switchable
 from .layers import SwitchNorm
 
-LOADS = ('teacher_ckpt',)  # arguments of models that load weights while they are built
 GENERIC = ('torch.', 'mmcv.cnn.bricks.', 'mmengine.')  # where layers come from that only do what their owner says
 
 
@@ -40,9 +39,7 @@ class Norm(typing.NamedTuple):
 
 def build(cfg: Config, model: dict | None = None) -> nn.Module:
     """Build ``model`` (default: the config's) to look at; its weights are meaningless."""
-    model = copy.deepcopy(cfg.model if model is None else model)
-    for key in LOADS:
-        model.pop(key, None)
+    model = _bare(copy.deepcopy(cfg.model if model is None else model))
     with ExitStack() as stack:
         stack.enter_context(DefaultScope.overwrite_default_scope(scope_of(cfg)))
         stack.enter_context(_one_process())
@@ -88,6 +85,32 @@ def is_norm(module: nn.Module) -> bool:
     if isinstance(module, SwitchNorm) or is_switchable(type(module)):
         return True
     return 'Norm' in type(module).__name__ and not [*module.children()]
+
+
+class _LanguageModel(nn.Module):
+    """In place of GLIP's and GroundingDINO's BERT: what they ask it for while they are built."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.language_backbone = nn.Module()
+        self.language_backbone.body = nn.Module()
+        self.language_backbone.body.language_dim = 768
+
+
+# what loads weights, or needs another package or file, while it is built, and has no norm that this config chooses
+BARE = {
+    'language_model': dict(type=_LanguageModel),
+    'num_cp': 0,  # activation checkpointing by fairscale
+    'teacher_ckpt': None,
+    'teacher_config': dict(model=dict(type='ReLU')),
+    'tracker': None,
+}
+
+
+def _bare(node):
+    if isinstance(node, dict):
+        return type(node)({key: copy.deepcopy(BARE[key]) if key in BARE else _bare(v) for key, v in node.items()})
+    return type(node)(map(_bare, node)) if isinstance(node, (list, tuple)) else node
 
 
 def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -121,10 +121,12 @@ def plan_swap(
     except Exception as error:
         raise RuntimeError(f'the model cannot be built as it is: {_said(error)}') from error
     places = rewritten()[1]
+    refused = {place: 'is of a trained teacher' for place in places if place.startswith('teacher_')}
+    places = [place for place in places if place not in refused]
     try:
-        norms, refused = outcome(), {}
+        norms = outcome(refused)
     except Exception as error:  # some class refuses: take the places in, one by one
-        refused = dict.fromkeys(places, _said(error))
+        refused |= dict.fromkeys(places, _said(error))
         for place in places:
             reason = refused.pop(place)
             try:
@@ -136,7 +138,7 @@ def plan_swap(
     if swap.left:  # do they stay although the config would say otherwise?
         for place in places:
             if place not in refused and outcome({*refused, place}) == norms:
-                refused[place] = 'has no effect: its class builds its norms by itself'
+                refused[place] = 'has no effect, its class builds its norms by itself'
         swap = _told(cfg, rewritten(refused)[0], to, parts, norms, refused)
     return swap
 
@@ -234,6 +236,8 @@ def _told(cfg: Config, model: dict, to: str, parts: tuple[str, ...], norms: list
             swap.other.append(norm)
         elif not _is(norm.new, to):
             swap.left.append(norm)
+    if not swap.left:
+        swap.refused = {}  # of places that no layer was built from
     swap.config.model = copy.deepcopy(model)
     if set(parts) == set(PARTS):  # the variables that the model's norms were copied from
         walk = _Walk(to, PARTS, None, None, ())

@@ -1,13 +1,13 @@
 """Swap the norm of every config of the installed mmdet and mmseg, and record what became of each.
 
-One JSON line a config: its status, how many layers changed in each part, which class kept how many norms of its own, and
-why. Configs that the file has already are skipped, so that a sweep can be stopped and started again. The tables are made
-from it by `python -m benchmarks.report`.
+One JSON line a config: its status, how many layers changed in each part, and which class kept norms of its own. Configs
+that the file has already are skipped, so that a sweep can be stopped and started again. `python -m benchmarks.report`
+makes the tables. What the configs need beyond mmdet and mmseg: `pip install -r requirements/sweep.txt`.
 """
 
 import argparse
 import contextlib
-import importlib
+import importlib.util
 import io
 import json
 import logging
@@ -32,6 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from sn_openmmlab.swap import PARTS, plan_swap
 
 RESULTS = Path(__file__).parents[1] / 'benchmarks/results/swap_sweep.jsonl'
+ENVIRONMENT = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'transformers')
 HAS_NORM = re.compile(r"'type': '(\w*BN\d?d?|GN|IN)'")
 
 
@@ -49,8 +50,9 @@ def main(argv: list[str] | None = None) -> None:
     todo = [name for name in names if name not in done]
     columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     # spawned, since torch's threads do not survive a fork; renewed, since building leaks
-    pool = multiprocessing.get_context('spawn').Pool(args.processes, quiet, maxtasksperchild=100)
-    with pool, args.out.open('a', encoding='utf-8') as file, Progress(*columns) as progress:
+    context, folder = multiprocessing.get_context('spawn'), tempfile.TemporaryDirectory()
+    pool = context.Pool(args.processes, quiet, [folder.name], maxtasksperchild=100)
+    with folder, pool, args.out.open('a', encoding='utf-8') as file, Progress(*columns) as progress:
         jobs = ((name, args.timeout) for name in todo)
         for record in progress.track(pool.imap_unordered(swap_one, jobs), total=len(todo)):
             file.write(json.dumps(record) + '\n')
@@ -85,16 +87,22 @@ def read(path: Path) -> list[dict]:
 
 def finish(path: Path) -> None:
     """Sort the records, under a line that says what they were made with."""
-    head = {name: importlib.import_module(name).__version__ for name in ('torch', 'mmcv', 'mmdet', 'mmseg')}
+    names = [name for name in ENVIRONMENT if importlib.util.find_spec(name)]
+    head = {name: importlib.import_module(name).__version__ for name in names}
     records = sorted(read(path), key=lambda record: record['config'])
     draft = path.with_suffix('.tmp')
     draft.write_text('\n'.join(map(json.dumps, [{'date': f'{date.today()}', **head}, *records])) + '\n')
     os.replace(draft, path)
 
 
-def quiet() -> None:
-    """Set a worker up: one thread, no chatter, no network."""
+def quiet(folder: str) -> None:
+    """Set a worker up: one thread, no chatter, and in its folder the configuration of BERT that GLIP's head reads."""
     torch.set_num_threads(1)
+    os.chdir(folder)
+    with contextlib.suppress(ImportError):
+        from transformers import BertConfig
+
+        BertConfig().save_pretrained('bert-base-uncased')  # its defaults are that model's
     warnings.simplefilter('ignore')
     logging.disable(logging.WARNING)
     signal.signal(signal.SIGALRM, late)
