@@ -3,6 +3,7 @@
 Apart from convert.py, which works on modules: here dicts are rewritten, by what the classes behind them accept.
 """
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -105,22 +106,22 @@ def plan_swap(
     parts = PARTS if parts == ('all',) else parts
     to, norm_eval = _checked(cfg, to, parts, statistics, init_ratios)
 
-    def rewritten(refused: Collection[str] = ()):
-        walk = _Walk(to, parts, norm_eval, init_ratios, refused)
+    def rewritten(refused: Collection[str] = (), added: Collection[str] = ()):
+        walk = _Walk(to, parts, norm_eval, init_ratios, refused, added)
         with DefaultScope.overwrite_default_scope(scope_of(cfg)):
             model = walk.visit(cfg.model)
         if norm_eval and walk.places and not walk.frozen:
             raise ValueError("statistics='frozen' sets norm_eval, which the backbone of this model does not have")
-        return model, walk.places
+        return model, walk.places, walk.bare
 
-    def outcome(refused: Collection[str] = ()):
-        return compare(before, build(cfg, rewritten(refused)[0]))
+    def outcome(*places: Collection[str]):
+        return compare(before, build(cfg, rewritten(*places)[0]))
 
     try:
         before = build(cfg)
     except Exception as error:
         raise RuntimeError(f'the model cannot be built as it is: {_said(error)}') from error
-    places = rewritten()[1]
+    _, places, bare = rewritten()
     refused = {place: 'is of a trained teacher' for place in places if place.startswith('teacher_')}
     places = [place for place in places if place not in refused]
     try:
@@ -135,21 +136,28 @@ def plan_swap(
                 refused[place] = reason if len(places) == 1 else _said(error)
         norms = outcome(refused)
     swap = _told(cfg, rewritten(refused)[0], to, parts, norms, refused)
-    if swap.left:  # do they stay although the config would say otherwise?
-        for place in places:
-            if place not in refused and outcome({*refused, place}) == norms:
+    if swap.left:
+        added = []
+        for place in bare:  # arguments for a class that is not named: does it take a norm?
+            with contextlib.suppress(Exception):
+                more = outcome(refused, [*added, place])
+                if sum(norm.changes for norm in more) > sum(norm.changes for norm in norms):
+                    norms, added = more, [*added, place]
+        for place in places:  # do layers stay although the config would say otherwise?
+            if place not in refused and outcome({*refused, place}, added) == norms:
                 refused[place] = 'has no effect, its class builds its norms by itself'
-        swap = _told(cfg, rewritten(refused)[0], to, parts, norms, refused)
+        swap = _told(cfg, rewritten(refused, added)[0], to, parts, norms, refused)
     return swap
 
 
 class _Walk:
     """One walk through a model's config that rewrites norms, and remembers where."""
 
-    def __init__(self, to: str, parts, norm_eval: bool | None, init_ratios, refused: Collection[str]) -> None:
+    def __init__(self, to: str, parts, norm_eval: bool | None = None, init_ratios=None, refused=(), added=()) -> None:
         self.to, self.parts, self.norm_eval, self.init_ratios = to, parts, norm_eval, init_ratios
-        self.refused = refused
+        self.refused, self.added = refused, added
         self.places: list[str] = []
+        self.bare: list[str] = []  # dicts of arguments without a type
         self.frozen = False  # whether some backbone has norm_eval
 
     def visit(self, node, place: str = '', scope: str | None = None):
@@ -170,6 +178,11 @@ class _Walk:
             if isinstance(value, (dict, list, tuple))
         }
         changed = {key: value for key, value in new.items() if value is not (node if key in node else accepted)[key]}
+        if place.endswith('_cfg') and 'type' not in node and 'norm_cfg' not in node and part_of(place) in self.parts:
+            self.bare.append(place)
+            if place in self.added:
+                old = dict(type='BN', requires_grad=True)
+                changed['norm_cfg'] = self.rewrite(old, nn.BatchNorm2d, f'{place}.norm_cfg'.lstrip('.'))
         if not changed:
             return node
         if 'norm_eval' in accepted and self.norm_eval is not None:
@@ -240,7 +253,7 @@ def _told(cfg: Config, model: dict, to: str, parts: tuple[str, ...], norms: list
         swap.refused = {}  # of places that no layer was built from
     swap.config.model = copy.deepcopy(model)
     if set(parts) == set(PARTS):  # the variables that the model's norms were copied from
-        walk = _Walk(to, PARTS, None, None, ())
+        walk = _Walk(to, PARTS)
         with DefaultScope.overwrite_default_scope(scope_of(cfg)):
             for key, value in cfg.items():
                 if isinstance(value, dict) and 'norm' in key:

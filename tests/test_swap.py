@@ -63,6 +63,12 @@ def test_a_place_without_effect_keeps_its_norm():
     assert 'norm_cfg' not in swap.config.model.backbone
 
 
+def test_arguments_of_a_class_without_a_name():
+    swap = plan_swap(config('mmseg::stdc/stdc1_in1k-pre_4xb12-80k_cityscapes-512x1024.py'))
+    assert Counter(norm.owner for norm in swap.left) == {'AttentionRefinementModule': 4}
+    assert swap.config.model.backbone.ffm_cfg.norm_cfg == dict(type='SN', requires_grad=True)
+
+
 class OnlyBN(nn.Module):
     """A neck of the kind of mmpretrain's RepVGG."""
 

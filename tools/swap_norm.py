@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from yapf.yapflib.yapf_api import FormatCode
 
+from sn_openmmlab import SwitchNorm
 from sn_openmmlab.bases import NEED_HELP
 from sn_openmmlab.skeleton import part_of
 from sn_openmmlab.swap import PARTS, STATISTICS, TARGETS, Swap, plan_swap
@@ -104,10 +105,10 @@ def name_of(parts: tuple[str, ...]) -> str:
 
 def write(cfg: Config, swap: Swap, args: argparse.Namespace, folder: Path) -> str:
     """The text of the new config, for a file in ``folder``."""
-    norms = Counter(code(norm) for norm in places(swap.config.model) if norm['type'] in TARGETS)
-    main_norm = eval(norms.most_common(1)[0][0], {}, {})  # of literals only
-    variable = 'norm_cfg' if args.parts == PARTS else f'{name_of(args.parts).replace("-", "_")}_norm_cfg'
     old, new = plain(cfg), plain(swap.config)
+    norms = [norm for _, _, norm in flat(old['model'], new['model']) if isinstance(norm, dict)]
+    main_norm = max(norms, key=norms.count)
+    variable = 'norm_cfg' if args.parts == PARTS else f'{name_of(args.parts).replace("-", "_")}_norm_cfg'
     said = {key: difference(old.get(key), value, main_norm, variable) for key, value in new.items()}
     said = {key: said[key] for key in new if new[key] != old.get(key)}
     head = [
@@ -177,14 +178,6 @@ def code(value) -> str:
     return f"float('{value}')" if value in (float('inf'), -float('inf')) else repr(value)
 
 
-def places(node):
-    """All dicts with a type."""
-    if isinstance(node, dict) and isinstance(node.get('type'), str):
-        yield node
-    for child in node.values() if isinstance(node, dict) else node if isinstance(node, (list, tuple)) else ():
-        yield from places(child)
-
-
 def plain(value):
     """``value`` in dicts of Python, without the scopes that mmengine enters while reading."""
     if isinstance(value, (dict, Config)):
@@ -227,6 +220,22 @@ def show(console: Console, name: str, cfg: Config, swap: Swap) -> None:
         console.print(Text(f'{place} keeps its norm: {reason}', 'yellow'))
     if swap.other:
         console.print(f'left alone: {counts(swap.other)}')
+    for note in notes(swap):
+        console.print(Text(f'note: {note}', 'yellow'))
+
+
+def notes(swap: Swap):
+    """What the change from another norm to SN means beside the norm."""
+    local = {norm.new for norm in swap.changed} == {SwitchNorm}
+    if local and any('Sync' in norm.old.__name__ for norm in swap.changed):
+        yield 'batch statistics are those of each process now; --statistics synced keeps them those of all'
+    backbone = swap.config.model.get('backbone', {})
+    norm = backbone.get('norm_cfg') or {}
+    if norm.get('type') in ('SN', 'SyncSN') and 'init_ratios' not in norm and backbone.get('frozen_stages', -1) >= 0:
+        yield (
+            f'backbone.frozen_stages={backbone.frozen_stages}: the norms in there keep the importance ratios that they '
+            'start with; for a checkpoint of a BN network --init-ratios 0 0 1 is the function that was learned'
+        )
 
 
 def counts(norms) -> str:

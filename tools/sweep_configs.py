@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--timeout', type=int, default=120, help='seconds for one config (default: 120)')
     args = parser.parse_args(argv)
     names = [name for library in args.libraries for name in drawn(configs(library), args.sample)]
+    finish(args.out)  # without a line that was cut off when a sweep was stopped
     done = {record['config'] for record in read(args.out)}
     todo = [name for name in names if name not in done]
     columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
@@ -77,7 +78,7 @@ def drawn(names: list[str], n: int | None) -> list[str]:
 
 
 def read(path: Path) -> list[dict]:
-    """The records of a result file; a line that was cut off when a sweep was stopped is none."""
+    """The records of a result file, whole lines only."""
     records = []
     for line in path.read_text(encoding='utf-8').splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
@@ -117,18 +118,20 @@ def swap_one(job: tuple[str, int]) -> dict:
     """Swap one config to SN in all parts, write it as a delta, read that again, and record what became of it."""
     name, timeout = job
     library, _, path = name.partition('::')
-    path = Path(get_installed_path(library), '.mim/configs', path)
+    package = Path(get_installed_path(library))
     start = time.perf_counter()
     record = {'config': name, 'status': 'failed'}
     signal.alarm(timeout)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            record |= outcome(path)
+            record |= outcome(package / '.mim/configs' / path)
     except Exception as error:
-        text = str(error) or type(error).__name__
-        record['reason'] = text.splitlines()[0][:200].replace(str(path.parent), '...')
+        record['reason'] = f'{type(error).__name__}: {error}'
     finally:
         signal.alarm(0)
+    if 'reason' in record:
+        first_line = record['reason'].splitlines()[0].replace(f'{package.parent}/', '')
+        record['reason'] = ' '.join(first_line.split())[:200]
     return record | {'seconds': round(time.perf_counter() - start, 2)}
 
 
@@ -137,7 +140,7 @@ def outcome(path: Path) -> dict:
     try:
         cfg = Config.fromfile(path)
     except Exception as error:
-        return {'status': 'unreadable', 'reason': f'{type(error).__name__}: {error}'.splitlines()[0][:200]}
+        return {'status': 'unreadable', 'reason': f'{type(error).__name__}: {error}'}
     if 'model' not in cfg:
         return {'status': 'no model'}
     try:
@@ -146,7 +149,7 @@ def outcome(path: Path) -> dict:
         if 'as it is' not in str(error):
             raise
         norms = bool(HAS_NORM.search(str(cfg.model.to_dict())))
-        return {'status': 'unbuildable', 'reason': str(error).partition('as it is: ')[2][:200], 'has norms': norms}
+        return {'status': 'unbuildable', 'reason': str(error).partition('as it is: ')[2], 'has norms': norms}
     changed, left = Counter(n.part for n in swap.changed), Counter(f'{n.part}: {n.owner}' for n in swap.left)
     if swap.changed:
         with tempfile.TemporaryDirectory() as folder:
@@ -154,7 +157,9 @@ def outcome(path: Path) -> dict:
             delta = Path(folder, 'delta.py')
             delta.write_text(swap_norm.write(cfg, swap, args, delta.parent))
             swap_norm.check(cfg, swap, delta)
-    status = 'partly' if swap.left else 'fully' if swap.changed else 'not applicable'
+    status = 'fully' if swap.changed else 'not applicable'
+    if swap.left:
+        status = 'partly' if swap.changed else 'own norms only'
     parts = {'changed': dict(changed), 'left': dict(left), 'refused': swap.refused, 'other': len(swap.other)}
     return {'status': status} | {key: value for key, value in parts.items() if value}
 
