@@ -1,6 +1,6 @@
 """Result files to the tables of benchmarks/README.md and to plots.
 
-python -m benchmarks.report           # rewrite what stands between the markers of benchmarks/README.md, and the plot
+python -m benchmarks.report           # rewrite what stands between the markers of README.md and others, and the plot
 python -m benchmarks.report --check   # fail if that would change the tables
 """
 
@@ -15,6 +15,7 @@ from benchmarks.harness import RESULTS
 
 README = RESULTS.parent.parent / 'README.md'
 DETAILS = RESULTS.parent / 'README.md'
+SWAPPING = RESULTS.parent.parent / 'docs/swapping.md'
 PLOT = RESULTS.parent.parent / 'docs/images/switch_norm_cpu.png'
 PHASES = ('forward', 'backward', 'both', 'eval')
 REFERENCE_SHAPES = 5  # the shapes that geometric means are taken over
@@ -97,6 +98,74 @@ def _conditions(result: dict) -> str:
     )
 
 
+STATUSES = {
+    'fully': 'swapped fully',
+    'partly': 'swapped but for norms that a class makes by itself',
+    'own norms only': 'nothing swapped: classes make all norms by themselves',
+    'not applicable': 'nothing to swap: LayerNorm only, or no norm',
+    'unbuildable': 'not buildable, as shipped, in this environment',
+    'unreadable': 'not readable, as shipped, in this environment',
+    'failed': 'failed',
+}
+
+
+def sweep_table(records: list[dict]) -> str:
+    """How many configs of each library met with what."""
+    head, *records = records
+    libraries = sorted({record['config'].partition('::')[0] for record in records})
+    numbers = {
+        status: [
+            sum(r['status'] == status and r['config'].startswith(f'{lib}::') for r in records) for lib in libraries
+        ]
+        for status in STATUSES
+    }
+    text = ['| configs | ' + ' | '.join([*libraries, 'all']) + ' |', '| :--- |' + ' ---: |' * (len(libraries) + 1)]
+    for status, row in numbers.items():
+        text.append('| ' + ' | '.join([STATUSES[status], *map(str, row), str(sum(row))]) + ' |')
+    swapped, failed, own = (
+        sum(sum(numbers[status]) for status in statuses)
+        for statuses in (('fully', 'partly'), ('failed',), ('own norms only',))
+    )
+    lost = sum(record.get('has norms', False) for record in records)
+    seconds = sum(record['seconds'] for record in records)
+    versions = ', '.join(f'{name} {version}' for name, version in head.items() if name != 'date')
+    text += [
+        '',
+        f'{swapped + own + failed} configs build and have a BN, SyncBN, GN or IN; {swapped} of them are swapped, '
+        f'{failed} do not build after it, and {own} have no norm that a config reaches. Another {lost} configs name such a '
+        'norm and do not build before the swap either. The models are built without language models, trackers and '
+        'trained teachers. '
+        f'{seconds / 60:.0f} minutes of work in one process, {head["date"]}; {versions}.',
+    ]
+    return '\n'.join(text)
+
+
+def sweep_owners(records: list[dict]) -> str:
+    """The classes that make norms by themselves."""
+    found = {}
+    for record in records[1:]:
+        for owner, n in record.get('left', {}).items():
+            found.setdefault((owner.partition(': ')), []).append((record['config'], n))
+    text = ['| part | class | norms | configs | one of them |', '| :--- | :--- | ---: | ---: | :--- |']
+    for (part, _, owner), rows in sorted(found.items()):
+        counts = sorted({n for _, n in rows})
+        span = f'{counts[0]}' if len(counts) == 1 else f'{counts[0]} to {counts[-1]}'
+        text.append(f'| {part} | `{owner}` | {span} | {len(rows)} | `{rows[0][0]}` |')
+    return '\n'.join(text)
+
+
+def sweep_reasons(records: list[dict]) -> str:
+    """Configs that could not be swapped, by what was said."""
+    found = {}
+    for record in records[1:]:
+        if 'reason' in record:
+            found.setdefault(record['reason'], []).append(f'`{record["config"]}`')
+    rows = sorted(found.items(), key=lambda item: -len(item[1]))
+    text = ['| configs | reason | which |', '| ---: | :--- | :--- |']
+    text += [f'| {len(names)} | {reason.replace("|", "/")} | {", ".join(names)} |' for reason, names in rows]
+    return '\n'.join(text)
+
+
 def plot(result: dict, path: Path) -> None:
     """Forward and backward of every provider as bars, BatchNorm as the line at 1."""
     import matplotlib
@@ -125,12 +194,13 @@ def plot(result: dict, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def rewrite(tables: dict[Path, list[str]], check: bool) -> None:
-    """Put tables between the markers of files; or only check that they are there."""
-    begin, end = '<!-- tables begin -->', '<!-- tables end -->'
-    for path, parts in tables.items():
+def rewrite(tables: dict[tuple[Path, str], list[str]], check: bool) -> None:
+    """Put tables between the named markers of files; or only check that they are there."""
+    for (path, name), parts in tables.items():
+        begin, end = f'<!-- {name} begin -->', f'<!-- {name} end -->'
         text = path.read_text()
-        new = re.sub(f'{begin}.*{end}', lambda _, parts=parts: '\n\n'.join([begin, *parts, end]), text, flags=re.DOTALL)
+        block = '\n\n'.join([begin, *parts, end])
+        new = re.sub(f'{begin}.*{end}', lambda _, block=block: block, text, flags=re.DOTALL)
         if check and new != text:
             sys.exit(f'{path} is not what the result files say; run the report again, without --check')
         path.write_text(new)
@@ -141,16 +211,21 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--check', action='store_true')
     args = parser.parse_args(argv)
+    sweep = [json.loads(line) for line in (RESULTS / 'swap_sweep.jsonl').read_text().splitlines()]
     tables = {
-        README: [*map(summary, load('switch_norm_*_float32_contiguous.json'))],
-        DETAILS: [*map(model_table, load('models_*.json')), *map(layer_tables, load('switch_norm_*.json'))],
+        (README, 'tables'): [*map(summary, load('switch_norm_*_float32_contiguous.json'))],
+        (DETAILS, 'tables'): [*map(model_table, load('models_*.json')), *map(layer_tables, load('switch_norm_*.json'))],
+        (README, 'sweep'): [sweep_table(sweep)],
+        (SWAPPING, 'sweep'): [sweep_table(sweep)],
+        (SWAPPING, 'owners'): [sweep_owners(sweep)],
+        (SWAPPING, 'reasons'): [sweep_reasons(sweep)],
     }
     rewrite(tables, args.check)
     if args.check:
         return
     for result in load('switch_norm_cpu_float32_contiguous.json'):
         plot(result, PLOT)
-    print('wrote', *tables)
+    print('wrote', *dict.fromkeys(path for path, _ in tables))
 
 
 if __name__ == '__main__':

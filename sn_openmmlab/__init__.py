@@ -12,8 +12,10 @@ if importlib.util.find_spec('mmengine') is None:
 
 from . import bases, flops
 from .checkpoint import load_from_switchnorm  # noqa: F401  (registers switchnorm://)
+from .convert import convert_switch_norm
 from .layers import SwitchNorm, SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SyncSN
 from .ops import switch_norm
+from .swap import swap_norm
 from .version import __version__
 
 bases.register()
@@ -26,5 +28,7 @@ __all__ = [
     'SwitchNorm3d',
     'SyncSN',
     '__version__',
+    'convert_switch_norm',
+    'swap_norm',
     'switch_norm',
 ]

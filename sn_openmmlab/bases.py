@@ -10,6 +10,8 @@ import importlib.util
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.utils import is_installed
 
+NEED_HELP = {'sn_openmmlab'} | {module for module, distribution in MODULE2PACKAGE.items() if module != distribution}
+
 
 def register() -> None:
     """Enter this package and all importable libraries into mmengine's table."""

@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     by_task = {task: load(task) for task in TASKS}
     parts = [tables(task, results) for task, results in by_task.items() if results]
-    rewrite({README: parts or ['No cell has been trained yet.']}, args.check)
+    rewrite({(README, 'tables'): parts or ['No cell has been trained yet.']}, args.check)
     if not args.check:
         for task, results in by_task.items():
             plot(task, results, PLOTS / f'accuracy_{task}.png')

@@ -1,0 +1,303 @@
+"""The norm layers of a config: found in its model, and swapped.
+
+Apart from convert.py, which works on modules: here dicts are rewritten, by what the classes behind them accept.
+"""
+
+import contextlib
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .convert import is_switchable
+from .layers import SwitchNorm, SyncSN
+from .skeleton import Norm, build, compare, part_of, scope_of
+
+PARTS = ('backbone', 'neck', 'head')
+TARGETS = ('SN', 'SyncSN', 'GN', 'BN', 'SyncBN')
+STATISTICS = ('train', 'frozen', 'synced')
+KEPT = ('eps', 'affine', 'requires_grad', '_scope_')  # arguments that every norm layer has
+KEPT_BY = {
+    'SN': ('momentum', 'normalizers', 'init_ratios'),
+    'SyncSN': ('momentum', 'normalizers', 'init_ratios', 'group_size'),
+    'GN': ('num_groups',),
+    'BN': ('momentum',),
+    'SyncBN': ('momentum',),
+}
+
+
+@dataclass
+class Swap:
+    """What a swap does.
+
+    Attributes:
+        config (Config): The config after it.
+        changed (list[Norm]): The layers that it changes.
+        left (list[Norm]): Layers of the parts asked for that stay another norm than the new one, since their class
+            takes no norm, or not this one.
+        other (list[Norm]): Norm layers of these parts that are none of BN, SyncBN, GN, IN and SN, as LayerNorm.
+        refused (dict[str, str]): Places in ``model`` that keep their norm, and why.
+    """
+
+    config: Config
+    changed: list[Norm] = field(default_factory=list)
+    left: list[Norm] = field(default_factory=list)
+    other: list[Norm] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+def swap_norm(
+    cfg: Config, to: str = 'SN', parts: Collection[str] = PARTS, statistics: str | None = None, init_ratios=None
+) -> Config:
+    """A copy of a config whose model has another norm.
+
+    Every dict of ``cfg.model`` that names a class is compared with what the class accepts: norms under any key and
+    norms that the class has by default are found alike, and are written out where they change. What is built before and
+    after is compared (without memory for weights, and without loading any): nothing but norm layers may differ. Places
+    whose class refuses the new norm keep theirs; :func:`plan_swap` tells which.
+
+    Args:
+        cfg (Config): Config of mmdet, mmseg or another OpenMMLab library, with ``model`` and ``default_scope``.
+        to (str): 'SN', 'SyncSN', 'GN' (32 groups where it was no GN), 'BN' or 'SyncBN'; it takes the place of BN,
+            SyncBN, MMSyncBN, GN, IN and SN in 1, 2 and 3 dimensions. ``eps``, ``momentum``, ``affine`` and
+            ``requires_grad`` stay as they are. Defaults to 'SN'.
+        parts (Collection[str]): Which of 'backbone', 'neck' and 'head' to change. Defaults to all.
+        statistics (str, optional): Batch statistics of the new layers: 'train' for those of the batch
+            (``norm_eval=False``, and ``requires_grad=True`` where it was False), 'frozen' for those of the checkpoint
+            in the backbone (``norm_eval=True``), 'synced' for 'train' over all processes (SyncSN or SyncBN). Defaults
+            to None: 'train' for SN and SyncSN, and as in ``cfg`` for the others.
+        init_ratios (Sequence[float], optional): Importance ratios of IN, LN and BN to start from; ``(0, 0, 1)`` is
+            BatchNorm. Defaults to None, equal ones.
+
+    Returns:
+        Config: The changed copy, with ``custom_imports`` of this package for SN.
+
+    Raises:
+        ValueError: If an argument is wrong, or there is no norm to swap.
+        RuntimeError: If the model cannot be built before or after.
+
+    Examples:
+        >>> from mmengine.hub import get_config
+        >>> from sn_openmmlab import swap_norm
+        >>> cfg = swap_norm(get_config('mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'))
+        >>> cfg.model.bbox_head.norm_cfg
+        {'type': 'SN', 'requires_grad': True}
+    """
+    swap = plan_swap(cfg, to, parts, statistics, init_ratios)
+    if not swap.changed:
+        raise ValueError(
+            f'nothing changes: no norm layer of the parts {parts} can become {to} ({len(swap.left)} are hard-coded, '
+            f'{len(swap.other)} LayerNorm and the like)'
+        )
+    return swap.config
+
+
+def plan_swap(
+    cfg: Config, to: str = 'SN', parts: Collection[str] = PARTS, statistics: str | None = None, init_ratios=None
+) -> Swap:
+    """As :func:`swap_norm`, and tell what changes and what does not; nothing to change is no error here."""
+    parts = (parts,) if isinstance(parts, str) else tuple(parts)
+    parts = PARTS if parts == ('all',) else parts
+    to, norm_eval = _checked(cfg, to, parts, statistics, init_ratios)
+
+    def rewritten(refused: Collection[str] = (), added: Collection[str] = ()):
+        walk = _Walk(to, parts, norm_eval, init_ratios, refused, added)
+        with DefaultScope.overwrite_default_scope(scope_of(cfg)):
+            model = walk.visit(cfg.model)
+        if norm_eval and walk.places and not walk.frozen:
+            raise ValueError("statistics='frozen' sets norm_eval, which the backbone of this model does not have")
+        return model, walk.places, walk.bare
+
+    def outcome(*places: Collection[str]):
+        return compare(before, build(cfg, rewritten(*places)[0]))
+
+    try:
+        before = build(cfg)
+    except Exception as error:
+        raise RuntimeError(f'the model cannot be built as it is: {_said(error)}') from error
+    _, places, bare = rewritten()
+    refused = {place: 'is of a trained teacher' for place in places if place.startswith('teacher_')}
+    places = [place for place in places if place not in refused]
+    try:
+        norms = outcome(refused)
+    except Exception as error:  # some class refuses: take the places in, one by one
+        refused |= dict.fromkeys(places, _said(error))
+        for place in places:
+            reason = refused.pop(place)
+            try:
+                outcome(refused)
+            except Exception as error:
+                refused[place] = reason if len(places) == 1 else _said(error)
+        norms = outcome(refused)
+    swap = _told(cfg, rewritten(refused)[0], to, parts, norms, refused)
+    if swap.left:
+        added = []
+        for place in bare:  # arguments for a class that is not named: does it take a norm?
+            with contextlib.suppress(Exception):
+                more = outcome(refused, [*added, place])
+                if sum(norm.changes for norm in more) > sum(norm.changes for norm in norms):
+                    norms, added = more, [*added, place]
+        for place in places:  # do layers stay although the config would say otherwise?
+            if place not in refused and outcome({*refused, place}, added) == norms:
+                refused[place] = 'has no effect, its class builds its norms by itself'
+        swap = _told(cfg, rewritten(refused, added)[0], to, parts, norms, refused)
+    return swap
+
+
+class _Walk:
+    """One walk through a model's config that rewrites norms, and remembers where."""
+
+    def __init__(self, to: str, parts, norm_eval: bool | None = None, init_ratios=None, refused=(), added=()) -> None:
+        self.to, self.parts, self.norm_eval, self.init_ratios = to, parts, norm_eval, init_ratios
+        self.refused, self.added = refused, added
+        self.places: list[str] = []
+        self.bare: list[str] = []  # dicts of arguments without a type
+        self.frozen = False  # whether some backbone has norm_eval
+
+    def visit(self, node, place: str = '', scope: str | None = None):
+        """``node`` with its norms rewritten; itself where nothing changes."""
+        if isinstance(node, (list, tuple)):
+            new = [self.visit(item, f'{place}.{i}', scope) for i, item in enumerate(node)]
+            return type(node)(new) if any(a is not b for a, b in zip(new, node)) else node
+        if not isinstance(node, dict):
+            return node
+        scope = node.get('_scope_') or scope
+        cls = _class(node['type'], scope) if 'type' in node else None
+        if inspect.isclass(cls) and (is_switchable(cls) or issubclass(cls, SwitchNorm)):
+            return self.rewrite(node, cls, place.lstrip('.'))
+        accepted = _defaults(cls) if cls else {}
+        new = {
+            key: self.visit(value, f'{place}.{key}', scope)
+            for key, value in {**accepted, **node}.items()
+            if isinstance(value, (dict, list, tuple))
+        }
+        changed = {key: value for key, value in new.items() if value is not (node if key in node else accepted)[key]}
+        if place.endswith('_cfg') and 'type' not in node and 'norm_cfg' not in node and part_of(place) in self.parts:
+            self.bare.append(place)
+            if place in self.added:
+                old = dict(type='BN', requires_grad=True)
+                changed['norm_cfg'] = self.rewrite(old, nn.BatchNorm2d, f'{place}.norm_cfg'.lstrip('.'))
+        if not changed:
+            return node
+        if 'norm_eval' in accepted and self.norm_eval is not None:
+            if node.get('norm_eval', accepted['norm_eval']) and not self.norm_eval:
+                changed['norm_eval'] = False
+            elif self.norm_eval and part_of(place) == 'backbone':
+                self.frozen = changed['norm_eval'] = True
+        return type(node)({**node, **changed})
+
+    def rewrite(self, norm: dict, cls: type, place: str) -> dict:
+        """The new norm in place of ``norm``, if this place is to be changed."""
+        if part_of(place) not in self.parts or place in self.refused:
+            return norm
+        if self.to == 'BN' and _is(cls, 'BN'):
+            return norm  # also BN1d and the like
+        new = {'type': self.to} | {k: v for k, v in norm.items() if k in KEPT + KEPT_BY[self.to]}
+        if self.to == 'GN':
+            new.setdefault('num_groups', 32)
+        if self.norm_eval is False and new.get('requires_grad') is False:
+            new['requires_grad'] = True
+        if self.init_ratios is not None:
+            new['init_ratios'] = tuple(self.init_ratios)
+        if new == dict(norm):
+            return norm
+        self.places.append(place)
+        return type(norm)(new)
+
+
+def _checked(cfg: Config, to: str, parts: tuple[str, ...], statistics: str | None, init_ratios):
+    """The type to write, and ``norm_eval`` where it is to be set."""
+    if to not in TARGETS:
+        raise ValueError(f'to must be one of {TARGETS}, got {to!r}')
+    if not parts or set(parts) - set(PARTS):
+        raise ValueError(f'parts must be some of {PARTS}, got {parts!r}')
+    if statistics not in (None, *STATISTICS):
+        raise ValueError(f'statistics must be one of {STATISTICS}, got {statistics!r}')
+    if not isinstance(cfg.get('model'), dict):
+        raise ValueError('the config has no model')
+    if init_ratios is not None:
+        if to not in ('SN', 'SyncSN'):
+            raise ValueError(f'init_ratios={init_ratios!r} is for SN and SyncSN, not for {to}')
+        SwitchNorm(1, init_ratios=init_ratios)  # raises where they are no ratios
+    if statistics is not None and to == 'GN':
+        raise ValueError(f'statistics={statistics!r} is about batch statistics, and GN has none')
+    if statistics == 'frozen' and 'backbone' not in parts:
+        raise ValueError("statistics='frozen' freezes those of a pretrained backbone, which is not among the parts")
+    if statistics == 'synced':
+        to = {'SN': 'SyncSN', 'BN': 'SyncBN'}.get(to, to)
+    elif statistics is None and to in ('SN', 'SyncSN'):
+        statistics = 'train'
+    return to, {'train': False, 'synced': False, 'frozen': True}.get(statistics)
+
+
+def _told(cfg: Config, model: dict, to: str, parts: tuple[str, ...], norms: list[Norm], refused) -> Swap:
+    """The changed config, and the layers by what became of them."""
+    swap = Swap(copy.deepcopy(cfg), refused=refused)
+    for norm in norms:
+        if norm.part not in parts:
+            if norm.changes:
+                raise RuntimeError(f'{norm.name} would change, but is in the {norm.part}, not in {"+".join(parts)}')
+        elif norm.changes:
+            swap.changed.append(norm)
+        elif not issubclass(norm.new, SwitchNorm) and not is_switchable(norm.new):
+            swap.other.append(norm)
+        elif not _is(norm.new, to):
+            swap.left.append(norm)
+    if not swap.left:
+        swap.refused = {}  # of places that no layer was built from
+    swap.config.model = copy.deepcopy(model)
+    if set(parts) == set(PARTS):  # the variables that the model's norms were copied from
+        walk = _Walk(to, PARTS)
+        with DefaultScope.overwrite_default_scope(scope_of(cfg)):
+            for key, value in cfg.items():
+                if isinstance(value, dict) and 'norm' in key:
+                    swap.config[key] = walk.visit(value)
+    if to in ('SN', 'SyncSN'):
+        imports = cfg.get('custom_imports') or dict(imports=[], allow_failed_imports=False)
+        names = [imports['imports']] if isinstance(imports['imports'], str) else list(imports['imports'])
+        if 'sn_openmmlab' not in names:
+            swap.config.custom_imports = {**imports, 'imports': [*names, 'sn_openmmlab']}
+    return swap
+
+
+@functools.cache
+def _defaults(cls: type | Callable) -> dict:
+    """Arguments that a class accepts by name, also through ``**kwargs`` of its bases, with their defaults."""
+    found = {}
+    for base in cls.__mro__ if inspect.isclass(cls) else (cls,):
+        init = base.__dict__.get('__init__') if inspect.isclass(base) else base
+        if init is None:
+            continue
+        parameters = inspect.signature(init).parameters.values()
+        for p in parameters:
+            found.setdefault(p.name, None if p.default is p.empty else p.default)
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return found
+
+
+def _is(cls: type, to: str) -> bool:
+    """Whether a class of layers is the norm that ``to`` names, of any number of dimensions."""
+    if to == 'BN':
+        return issubclass(cls, _BatchNorm) and not issubclass(cls, nn.SyncBatchNorm)
+    return issubclass(cls, {'SN': SwitchNorm, 'SyncSN': SyncSN, 'GN': nn.GroupNorm, 'SyncBN': nn.SyncBatchNorm}[to])
+
+
+def _class(kind, scope: str | None):
+    """The class or function that a ``type`` means, None if it is not of a model."""
+    if not isinstance(kind, str):
+        return kind
+    with MODELS.switch_scope_and_registry(scope) as registry:
+        return registry.get(kind)
+
+
+def _said(error: BaseException) -> str:
+    """An error's kind and its first line, through the frames that mmengine wraps around it."""
+    text = str(error).strip()
+    return f'{type(error).__name__}: {text.splitlines()[0] if text else ""}'

@@ -1,0 +1,179 @@
+"""Conversion of built models: the same function with all importance on BN, and everything in its place."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from mmcv.ops import SyncBatchNorm as MMSyncBN
+from mmengine.registry import MODELS
+from torch import nn
+
+from sn_openmmlab import SwitchNorm, SwitchNorm1d, SwitchNorm3d, SyncSN, convert_switch_norm
+
+BN_ONLY = (0, 0, 1)
+
+
+def randomized(model):
+    """With weights, shifts and statistics that are not those of a new layer."""
+    for module in model.modules():
+        for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if name in ('weight', 'running_var') and value.dim() == 1:
+                nn.init.uniform_(value, 0.5, 1.5)
+            elif name in ('bias', 'running_mean'):
+                nn.init.normal_(value, std=0.3)
+            elif name == 'num_batches_tracked':
+                value.fill_(7)
+    return model
+
+
+def resnet():
+    torch.manual_seed(0)
+    return randomized(MODELS.build(dict(type='mmdet.ResNet', depth=18, base_channels=16, stem_channels=16)))
+
+
+def relative_error(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+@pytest.mark.parametrize('mode', ['train', 'eval', 'frozen'])
+def test_one_hot_on_bn_is_the_same_function(mode):
+    old = resnet()
+    old.norm_eval = mode == 'frozen'
+    old.train(mode != 'eval')
+    new = convert_switch_norm(copy.deepcopy(old), init_ratios=BN_ONLY)
+    assert sum(isinstance(m, SwitchNorm) for m in new.modules()) == 20
+    x = torch.randn(3, 3, 64, 64)
+    a, b = old(x), new(x)
+    for i, j in zip(a, b):
+        assert relative_error(j, i) < 1e-5
+    sum(i.square().mean() for i in a).backward()
+    sum(j.square().mean() for j in b).backward()
+    gradients = dict(old.named_parameters())
+    for name, p in new.named_parameters():
+        if not name.endswith(('mean_weight', 'var_weight')) and gradients[name].grad is not None:
+            assert relative_error(p.grad, gradients[name].grad) < 1e-3, name
+    for name, layer in old.named_modules():  # the statistics go on as BatchNorm's would
+        if isinstance(layer, nn.BatchNorm2d):
+            bn = new.get_submodule(name).bn
+            torch.testing.assert_close(bn.running_mean, layer.running_mean)
+            torch.testing.assert_close(bn.running_var, layer.running_var)
+            assert bn.num_batches_tracked == layer.num_batches_tracked == 7 + (mode == 'train')
+
+
+@pytest.mark.parametrize(
+    'old, new, shape',
+    [
+        (nn.BatchNorm1d(6, eps=1e-3, momentum=0.3), SwitchNorm1d, (4, 6)),
+        (nn.BatchNorm1d(6), SwitchNorm1d, (4, 6, 5)),
+        (nn.BatchNorm2d(6, momentum=None), SwitchNorm, (4, 6, 5, 5)),
+        (nn.BatchNorm3d(6, affine=False), SwitchNorm3d, (4, 6, 3, 3, 3)),
+        (nn.SyncBatchNorm(6), SwitchNorm, (4, 6, 5, 5)),
+    ],
+)
+@pytest.mark.parametrize('training', [True, False])
+def test_every_batch_norm(old, new, shape, training):
+    model = nn.Sequential(randomized(copy.deepcopy(old))).train(training)
+    converted = convert_switch_norm(model, init_ratios=BN_ONLY, inplace=False)
+    assert type(converted[0]) is new and type(model[0]) is type(old)
+    x = torch.randn(shape) * 2 + 1
+    assert relative_error(converted(x), model(x)) < 1e-5
+    assert converted[0].momentum == old.momentum and converted[0].eps == old.eps
+
+
+@pytest.mark.parametrize('old', [nn.GroupNorm(2, 6, eps=1e-3), nn.InstanceNorm2d(6, affine=True)])
+def test_group_and_instance_norm_keep_weight_and_shift(old):
+    model = nn.Sequential(randomized(old))
+    converted = convert_switch_norm(model, inplace=False)[0]
+    assert torch.equal(converted.weight, old.weight) and torch.equal(converted.bias, old.bias)
+    assert converted.eps == old.eps
+    assert torch.equal(converted.bn.running_mean, torch.zeros(6)) and torch.equal(
+        converted.bn.running_var, torch.ones(6)
+    )
+
+
+def test_instance_norm_is_the_ratio_of_in():
+    model, x = nn.Sequential(nn.InstanceNorm2d(6)), torch.randn(2, 6, 5, 5)
+    assert relative_error(convert_switch_norm(model, init_ratios=(1, 0, 0), inplace=False)(x), model(x)) < 1e-5
+
+
+def test_mmcvs_sync_bn():
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)  # it asks for one when it is made
+    try:
+        for to, kind in ('SN', SwitchNorm), ('SyncSN', SyncSN):
+            old = randomized(MMSyncBN(6, momentum=0.2))
+            new = convert_switch_norm(nn.Sequential(old), to)[0]
+            assert type(new) is kind and new.momentum == 0.2
+            assert torch.equal(new.weight, old.weight) and torch.equal(new.bn.running_var, old.running_var)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_parameters_modes_and_dtype_stay():
+    model = nn.Sequential(nn.BatchNorm2d(6), nn.BatchNorm2d(6), nn.GroupNorm(2, 6)).double()
+    model[0].eval()
+    model[1].requires_grad_(False)
+    parameters = [p for m in model for p in (m.weight, m.bias)]
+    assert convert_switch_norm(model) is model
+    assert [p for m in model for p in (m.weight, m.bias)] == parameters  # the same objects
+    assert not model[0].bn.training and model[1].bn.training
+    assert {p.requires_grad for p in model[1].parameters()} == {False}
+    assert {p.requires_grad for p in model[2].parameters()} == {True}
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+
+
+def test_a_shared_layer_stays_shared_and_sn_is_left_alone():
+    norm, own = nn.BatchNorm2d(6), SwitchNorm(6)
+    model = nn.ModuleDict(dict(a=norm, b=nn.Sequential(norm), own=own, ln=nn.LayerNorm(6)))
+    model.second = norm
+    statistics = own.bn
+    convert_switch_norm(model)
+    assert model['a'] is model['b'][0] is model.second and isinstance(model['a'], SwitchNorm)
+    assert model['own'] is own and own.bn is statistics and isinstance(model['ln'], nn.LayerNorm)
+
+
+def test_a_model_that_is_itself_a_norm():
+    assert isinstance(convert_switch_norm(nn.BatchNorm2d(6)), SwitchNorm)
+
+
+@pytest.mark.parametrize('to', ['SN', 'SyncSN'])
+def test_there_and_back(to):
+    model = randomized(
+        nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm2d(4), nn.BatchNorm3d(4, affine=False), nn.SyncBatchNorm(4))
+    )
+    model[1].eval()
+    sn = convert_switch_norm(model, to, init_ratios=BN_ONLY, inplace=False)
+    back = convert_switch_norm(sn, 'BN', inplace=False)
+    kinds = [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.BatchNorm2d] if to == 'SN' else [nn.SyncBatchNorm] * 4
+    assert [type(m) for m in back] == kinds
+    assert all(isinstance(m, SwitchNorm) for m in sn)
+    assert [m.training for m in back] == [True, False, True, True]
+    states = model.state_dict(), back.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_layers_that_are_no_batch_norm_are_named():
+    model = nn.ModuleDict(
+        dict(a=SwitchNorm(4, init_ratios=BN_ONLY), b=SwitchNorm(4), c=SwitchNorm(4, normalizers='in'))
+    )
+    with pytest.raises(ValueError, match=r'2 of 3 SN layers.*: b \(in/ln/bn 0\.333 0\.333 0\.333; .*\), c \(in 1; 1\)'):
+        convert_switch_norm(model, 'BN')
+    assert all(isinstance(m, SwitchNorm) for m in model.values())
+
+
+@pytest.mark.parametrize(
+    'model, kwargs, message',
+    [
+        (nn.Sequential(nn.BatchNorm2d(4)), dict(to='LN'), "'SN', 'SyncSN' or 'BN', got 'LN'"),
+        (nn.Sequential(nn.BatchNorm2d(4)), dict(to='BN', init_ratios=BN_ONLY), 'leave it out'),
+        (nn.Sequential(nn.BatchNorm2d(4)), dict(init_ratios=(1, 1, 1)), 'sum to 1'),
+        (nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4, track_running_stats=False)), {}, 'track_running_stats=False.*: 1$'),
+        (nn.Sequential(nn.ReLU(), nn.LazyBatchNorm2d()), {}, 'first forward: 1$'),
+    ],
+)
+def test_errors(model, kwargs, message):
+    before = [type(m) for m in model]
+    with pytest.raises(ValueError, match=message):
+        convert_switch_norm(model, **kwargs)
+    assert [type(m) for m in model] == before

@@ -1,0 +1,224 @@
+"""Swapping the norm of configs: what is found, what is left and named, and that nothing else changes."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import MODELS
+from mmengine.utils import get_installed_path
+from torch import nn
+
+from sn_openmmlab import SwitchNorm, swap_norm
+from sn_openmmlab.skeleton import build, compare, part_of
+from sn_openmmlab.swap import plan_swap
+
+
+def config(name):
+    library, _, path = name.partition('::')
+    return Config.fromfile(Path(get_installed_path(library), '.mim/configs', path))
+
+
+FCOS = 'mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'
+MASK = 'mmdet::strong_baselines/mask-rcnn_r50_fpn_rpn-2conv_4conv1fc_syncbn-all_lsj-100e_coco.py'
+OCR = 'mmseg::ocrnet/ocrnet_hr18_4xb2-40k_cityscapes-512x1024.py'
+
+
+@pytest.mark.parametrize(
+    'name, changed, left',
+    [
+        (FCOS, dict(backbone=53, head=8), {}),  # the head's GN is a class default
+        ('mmdet::yolo/yolov3_d53_8xb8-320-273e_coco.py', dict(backbone=52, neck=17, head=3), {}),  # all defaults
+        ('mmdet::double_heads/dh-faster-rcnn_r50_fpn_1x_coco.py', dict(backbone=53, head=12), {'BasicResBlock': 3}),
+        ('mmdet::grid_rcnn/grid-rcnn_r50_fpn_gn-head_2x_coco.py', dict(backbone=53, head=8), {'GridHead': 1}),
+        (MASK, dict(backbone=53, neck=8, head=8), {}),  # mmcv's own SyncBatchNorm
+        ('mmdet::soft_teacher/soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco.py', dict(backbone=106), {}),
+        ('mmdet::ld/ld_r18-gflv1-r101_fpn_1x_coco.py', dict(backbone=20, head=8), {}),  # the teacher has its own config
+        ('mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco.py', dict(backbone=53, head=5), {}),
+        ('mmdet::gcnet/mask-rcnn_r50-gcb-r4-c3-c5_fpn_1x_coco.py', dict(backbone=53), {}),  # with plugins
+        ('mmseg::encnet/encnet_r50-d8_4xb2-40k_cityscapes-512x1024.py', dict(backbone=55, head=4), {}),
+        (OCR, dict(backbone=305, head=9), {}),  # a list of heads
+    ],
+    ids=lambda value: value.split('/')[-1] if isinstance(value, str) else '',
+)
+def test_layers(name, changed, left):
+    cfg = config(name)
+    swap = plan_swap(cfg)
+    assert Counter(norm.part for norm in swap.changed) == changed
+    assert Counter(norm.owner for norm in swap.left) == left
+    assert {norm.new for norm in swap.changed} == {SwitchNorm}
+    kinds = Counter(type(m) for m in build(swap.config).modules())
+    assert kinds[SwitchNorm] == sum(changed.values())
+    assert (
+        kinds[nn.GroupNorm] + kinds[nn.SyncBatchNorm] + kinds[nn.BatchNorm2d] == sum(left.values()) + kinds[SwitchNorm]
+    )
+    assert cfg.model == config(name).model  # the argument is not touched
+
+
+def test_a_place_without_effect_keeps_its_norm():
+    swap = plan_swap(config('mmseg::bisenetv2/bisenetv2_fcn_4xb4-160k_cityscapes-1024x1024.py'))
+    assert Counter(norm.part for norm in swap.left) == {'backbone': 53}
+    assert swap.refused == {'backbone.norm_cfg': 'has no effect, its class builds its norms by itself'}
+    assert 'norm_cfg' not in swap.config.model.backbone
+
+
+def test_arguments_of_a_class_without_a_name():
+    swap = plan_swap(config('mmseg::stdc/stdc1_in1k-pre_4xb12-80k_cityscapes-512x1024.py'))
+    assert Counter(norm.owner for norm in swap.left) == {'AttentionRefinementModule': 4}
+    assert swap.config.model.backbone.ffm_cfg.norm_cfg == dict(type='SN', requires_grad=True)
+
+
+class OnlyBN(nn.Module):
+    """A neck of the kind of mmpretrain's RepVGG."""
+
+    def __init__(self, norm_cfg):
+        super().__init__()
+        assert norm_cfg['type'] == 'BN', 'only BN can be fused'
+        self.norm = nn.BatchNorm2d(256)
+
+
+def test_a_class_that_refuses_is_named():
+    cfg = config(FCOS)
+    cfg.model.neck = [cfg.model.neck, dict(type=OnlyBN, norm_cfg=dict(type='BN'))]
+    swap = plan_swap(cfg)
+    assert swap.refused == {'neck.1.norm_cfg': 'AssertionError: only BN can be fused'}
+    assert [(norm.name, norm.owner) for norm in swap.left] == [('neck.1.norm', 'OnlyBN')]
+    assert swap.config.model.neck[1].norm_cfg == dict(type='BN') and len(swap.changed) == 61
+
+
+def test_a_trained_teacher_keeps_its_norms():
+    swap = plan_swap(config('mmdet::lad/lad_r50-paa-r101_fpn_2xb8_coco_1x.py'))
+    assert Counter(norm.part for norm in swap.changed) == dict(backbone=53, head=8)
+    assert swap.config.model.teacher_backbone.norm_cfg.type == 'BN'
+
+
+def test_parts():
+    model = swap_norm(config(FCOS), parts='head').model
+    assert model.backbone == config(FCOS).model.backbone and model.bbox_head.norm_cfg.type == 'SN'
+    cfg = swap_norm(config(MASK), parts=['neck'])
+    assert {m.new for m in plan_swap(config(MASK), parts=['neck']).changed} == {SwitchNorm}
+    assert cfg.model.neck.norm_cfg.type == 'SN' and cfg.model.roi_head == config(MASK).model.roi_head
+    assert part_of('detector.backbone.layer1') == 'backbone' and part_of('decode_head.bottleneck') == 'head'
+
+
+@pytest.mark.parametrize(
+    'kwargs, norm, norm_eval',
+    [
+        (dict(), dict(type='SN', requires_grad=True), False),
+        (dict(statistics='train'), dict(type='SN', requires_grad=True), False),
+        (dict(statistics='frozen'), dict(type='SN', requires_grad=False), True),
+        (dict(statistics='synced'), dict(type='SyncSN', requires_grad=True), False),
+        (dict(to='SyncSN'), dict(type='SyncSN', requires_grad=True), False),
+        (dict(to='SyncBN'), dict(type='SyncBN', requires_grad=False), True),
+        (dict(to='BN', statistics='synced'), dict(type='SyncBN', requires_grad=True), False),
+        (dict(to='GN'), dict(type='GN', requires_grad=False, num_groups=32), True),
+        (dict(init_ratios=[0, 0, 1]), dict(type='SN', requires_grad=True, init_ratios=(0, 0, 1)), False),
+    ],
+)
+def test_statistics_and_targets(kwargs, norm, norm_eval):
+    backbone = swap_norm(config(FCOS), **kwargs).model.backbone
+    assert backbone.norm_cfg == norm and backbone.norm_eval == norm_eval
+
+
+def test_frozen_statistics_are_those_of_the_child():
+    cfg = swap_norm(config(FCOS), statistics='frozen')
+    cfg.model.backbone.init_cfg = None
+    backbone = MODELS.build(dict(cfg.model.backbone, _scope_='mmdet'))
+    backbone.train()
+    layers = [m for m in backbone.modules() if isinstance(m, SwitchNorm)]
+    assert len(layers) == 53 and not any(layer.bn.training for layer in layers)
+
+
+def test_there_and_back_is_the_same_model():
+    cfg = config('mmdet::yolo/yolov3_d53_8xb8-320-273e_coco.py')
+    back = swap_norm(swap_norm(cfg), to='BN')
+    assert not any(norm.changes for norm in compare(build(cfg), build(back)))
+
+
+def test_arguments_are_kept_where_the_new_norm_has_them():
+    cfg = config('mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py')
+    cfg.model.backbone.norm_cfg = dict(type='BN', momentum=0.03, eps=0.001, track_running_stats=True)
+    assert swap_norm(cfg).model.backbone.norm_cfg == dict(type='SN', momentum=0.03, eps=0.001)
+    assert swap_norm(cfg, to='GN', parts='head').model.bbox_head.norm_cfg == dict(type='GN', num_groups=32)
+
+
+def test_groups_that_do_not_fit_are_named():
+    swap = plan_swap(config('mmseg::hrnet/fcn_hr18_4xb2-40k_cityscapes-512x1024.py'), to='GN')
+    assert 'num_channels' in swap.refused['backbone.norm_cfg'] and {norm.part for norm in swap.left} == {
+        'backbone',
+        'head',
+    }
+
+
+def test_variables_and_imports():
+    cfg = config(OCR)
+    cfg.custom_imports = dict(imports='mmseg.models', allow_failed_imports=True)
+    new = swap_norm(cfg)
+    assert new.norm_cfg == dict(type='SN', requires_grad=True)
+    assert new.custom_imports == dict(imports=['mmseg.models', 'sn_openmmlab'], allow_failed_imports=True)
+    assert swap_norm(new, to='SyncSN').custom_imports == new.custom_imports
+    assert swap_norm(cfg, parts='head').norm_cfg == cfg.norm_cfg
+    assert swap_norm(cfg, to='GN', parts='head').custom_imports == cfg.custom_imports
+
+
+@pytest.mark.parametrize(
+    'name, kwargs, error, message',
+    [
+        (FCOS, dict(to='LN'), ValueError, "one of .*got 'LN'"),
+        (FCOS, dict(parts=['stem']), ValueError, "some of .*'stem'"),
+        (FCOS, dict(parts=[]), ValueError, 'some of'),
+        (FCOS, dict(statistics='none'), ValueError, "got 'none'"),
+        (FCOS, dict(to='GN', statistics='train'), ValueError, 'GN has none'),
+        (FCOS, dict(to='BN', init_ratios=(0, 0, 1)), ValueError, 'not for BN'),
+        (FCOS, dict(init_ratios=(0, 1)), ValueError, 'init_ratios must be 3'),
+        (FCOS, dict(parts='head', statistics='frozen'), ValueError, 'not among the parts'),
+        ('mmdet::yolo/yolov3_d53_8xb8-320-273e_coco.py', dict(to='BN'), ValueError, 'nothing changes'),
+        ('mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py', {}, ValueError, 'nothing changes.*32 LayerNorm'),
+        (
+            'mmseg::bisenetv1/bisenetv1_r18-d32_4xb4-160k_cityscapes-1024x1024.py',
+            dict(statistics='frozen'),
+            ValueError,
+            '',
+        ),
+        (
+            'mmdet::misc/d2_retinanet_r50-caffe_fpn_ms-90k_coco.py',
+            {},
+            RuntimeError,
+            'cannot be built as it is.*etectron2',
+        ),
+    ],
+)
+def test_errors(name, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        swap_norm(config(name), **kwargs)
+
+
+def test_a_config_without_model():
+    with pytest.raises(ValueError, match='no model'):
+        swap_norm(Config(dict(default_scope='mmdet')))
+
+
+@pytest.mark.parametrize(
+    'other',
+    [
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(9), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.GELU()),
+    ],
+)
+def test_models_that_differ_in_more_than_norms(other):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    assert [norm.changes for norm in compare(model, model)] == [False]
+    with pytest.raises(RuntimeError, match='not only norms|another size'):
+        compare(model, other)
+
+
+def test_building_to_look_at_leaves_no_trace():
+    cfg, state = config(FCOS), torch.get_rng_state()
+    model = build(cfg)
+    assert torch.equal(torch.get_rng_state(), state) and not torch.distributed.is_initialized()
+    assert all(p.is_meta for m in model.modules() if isinstance(m, nn.Conv2d) for p in m.parameters())
+    assert isinstance(cfg.model, ConfigDict)
