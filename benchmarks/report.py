@@ -132,9 +132,9 @@ def sweep_table(records: list[dict]) -> str:
     text += [
         '',
         f'{swapped + own + failed} configs build and have a BN, SyncBN, GN or IN; {swapped} of them are swapped, '
-        f'{failed} do not build after it, and {own} have no norm that a config reaches. Another {lost} configs name such a '
-        'norm and do not build before the swap either. The models are built without language models, trackers and '
-        'trained teachers. '
+        f'{failed} do not build after it, and {own} have no norm that a config reaches. '
+        f'Another {lost} configs name such a norm and do not build before the swap either. '
+        'The models are built without language models, trackers and trained teachers. '
         f'{seconds / 60:.0f} minutes of work in one process, {head["date"]}; {versions}.',
     ]
     return '\n'.join(text)
