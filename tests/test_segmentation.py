@@ -22,10 +22,13 @@ from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 from torch import nn
 
-from benchmarks.accuracy import run
 from sn_openmmlab import SwitchNorm
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.accuracy import run  # noqa: E402
+
 FAMILY = ROOT / 'configs/mmseg/sn'
 CONFIGS = sorted(FAMILY.glob('*.py'))
 ADE20K = 'fcn_r50-d8_{}_8xb2-100k_ade20k'
