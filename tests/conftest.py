@@ -1,7 +1,16 @@
-"""Processes that run for the whole session, since starting one takes seconds."""
+"""What all tests share: processes that run for the whole session, since starting one takes seconds."""
+
+import os
 
 import pytest
 from processes import Processes
+
+
+@pytest.fixture(autouse=True)
+def no_rest_of_safe_load():
+    """Whatever reads checkpoints as data sets this variable for its whole process, which here is everybody's."""
+    yield
+    os.environ.pop('TORCH_FORCE_WEIGHTS_ONLY_LOAD', None)
 
 
 @pytest.fixture(scope='session')

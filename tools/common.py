@@ -82,6 +82,8 @@ def run(cfg: Config, work: Callable[[Runner], object]) -> None:
             f'A checkpoint holds more than data, and reading it could run foreign code:\n{error}\n'
             f'If you trust where it comes from, set the environment variable {TRUST}=1.'
         ) from error
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # the group's threads may abort a process that ends before it
 
 
 def join_cpu_group(cfg: Config) -> None:

@@ -14,7 +14,7 @@ from benchmarks.accuracy.data import data_root
 METRIC = 'coco/bbox_mAP'
 LABEL = 'box AP'
 EPOCHS = 18
-LR = 0.02  # at 2 images a step
+LR = 0.01  # at 2 images a step
 
 
 def config(norm_cfg: dict, images: int, lr: float, epochs: int) -> Config:
