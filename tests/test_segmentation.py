@@ -22,10 +22,13 @@ from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 from torch import nn
 
-from benchmarks.accuracy import run
 from sn_openmmlab import SwitchNorm
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.accuracy import run  # noqa: E402
+
 FAMILY = ROOT / 'configs/mmseg/sn'
 CONFIGS = sorted(FAMILY.glob('*.py'))
 ADE20K = 'fcn_r50-d8_{}_8xb2-100k_ade20k'
@@ -70,6 +73,10 @@ def test_the_papers_network(stem):
         assert config.train_cfg.max_iters == 100_000 and config.optim_wrapper.optimizer.lr == 0.02
         sides = [min(scale) for scale in config.train_dataloader.dataset.pipeline[2].scales]
         assert (min(sides), max(sides)) == (300, 575)
+    else:
+        [crop] = [t for t in config.train_dataloader.dataset.pipeline if t.type == 'RandomCrop']
+        # padding would hide a smaller crop
+        assert crop.crop_size == config.model.data_preprocessor.size == config.model.test_cfg.crop_size == (713, 713)
 
 
 @pytest.mark.parametrize('stem', [ADE20K, CITYSCAPES], ids=['ade20k', 'cityscapes'])
