@@ -55,8 +55,8 @@ def tables(name: str, results: list[dict]) -> str:
         kinds = kinds or ['moving average']
         text += [
             '',
-            f'{task.EPOCHS} epochs, learning rate {task.LR:g} for 2 images a step; after the last epoch; mean ± standard '
-            'deviation (lowest to highest) of the seeds.',
+            f'{task.EPOCHS} epochs, learning rate {task.LR:g} for 2 images a step; after the last epoch; mean ± '
+            'standard deviation (lowest to highest) of the seeds.',
             '',
             f'| norm | images per step | seeds | metric | {" | ".join(kinds)} | seconds per iteration |',
             '| :--- | ---: | ---: | :--- |' + ' ---: |' * (len(kinds) + 1),
