@@ -33,7 +33,7 @@ def config(norm_cfg: dict, images: int, lr: float, epochs: int) -> Config:
 
 
 def _model(norm_cfg: dict) -> dict:
-    width = 128
+    width = 64
     return dict(
         backbone=dict(
             depth=18,
