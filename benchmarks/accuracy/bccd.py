@@ -13,7 +13,7 @@ from benchmarks.accuracy.data import data_root
 
 METRICS = {'coco/bbox_mAP': 'box AP', 'coco/bbox_mAP_50': 'box AP50'}
 EPOCHS = 12
-LR = 0.01  # at 2 images a step
+LR = 0.02  # at 2 images a step
 
 
 def config(norm_cfg: dict, images: int, lr: float, epochs: int) -> Config:
