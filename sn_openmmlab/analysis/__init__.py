@@ -1,4 +1,4 @@
-"""Importance ratios of trained networks. Reading needs no more than the package; ``draw`` and ``page`` need matplotlib."""
+"""Importance ratios of trained networks, read without building these. ``draw`` and ``page`` need matplotlib."""
 
 from .read import Run, mean_ratios, read_ratios
 

@@ -56,7 +56,9 @@ def layers(runs: list[Run]) -> Figure:
 def parts(runs: list[Run]) -> Figure:
     """Stacked bars of the parts, means over their layers, with numbers."""
     rows = [(part, run) for part in _all_parts(runs) for run in runs if part in run.parts]
-    places = np.arange(len(rows)) + 0.5 * np.cumsum([i > 0 and rows[i - 1][0] != part for i, (part, _) in enumerate(rows)])
+    places = np.arange(len(rows)) + 0.5 * np.cumsum(
+        [i > 0 and rows[i - 1][0] != part for i, (part, _) in enumerate(rows)]
+    )
     figure = Figure(figsize=(8, 0.9 + 0.3 * (places[-1] + 1)), layout='constrained')
     axes = figure.subplots(1, 2, sharey=True)
     for kind, ax in enumerate(axes):
@@ -75,17 +77,19 @@ def radar(runs: list[Run]) -> Figure:
     figure = Figure(figsize=(9, 0.4 + 4.2 * len(runs)), layout='constrained')
     polar = dict(projection='polar', theta_offset=np.pi / 2, theta_direction=-1)
     axes = figure.subplots(len(runs), 2, subplot_kw=polar, squeeze=False)
-    for run, row in zip(runs, axes):
-        means = np.stack([mean_ratios(run.layers[layer] for layer in layers) for layers in run.parts.values()])
+    of_runs = [
+        np.stack([mean_ratios(run.layers[layer] for layer in layers) for layers in run.parts.values()]) for run in runs
+    ]
+    top = max(0.5, *(np.ceil(np.nanmax(means) * 10) / 10 for means in of_runs))  # one scale for all
+    for run, means, row in zip(runs, of_runs, axes):
         angles = 2 * np.pi * np.arange(len(means)) / len(means)
-        top = max(0.5, np.ceil(np.nanmax(means) * 10) / 10)
         for kind, ax in enumerate(row):
             for normalizer, values in zip(NORMALIZERS, means[:, kind].T):
                 closed, color = [*range(len(means)), 0], COLORS[normalizer]
                 ax.plot(angles[closed], values[closed], LINES[normalizer], color=color, marker='o', markersize=4, lw=2)
                 ax.fill(angles, np.nan_to_num(values), color=color, alpha=0.08)
             ax.set_rlim(0, top)
-            ax.set_rgrids(np.arange(0.2, top + 0.01, 0.2), fontsize=7, color='0.4')
+            ax.set_rgrids(np.arange(0.2, top + 0.01, 0.2), angle=180 / len(means), fontsize=7, color='0.4')
             _, labels = ax.set_thetagrids(np.degrees(angles), [*run.parts], fontsize=8)
             for angle, label in zip(angles, labels):
                 label.set_horizontalalignment(('center', 'left', 'right')[int(np.sign(np.sin(angle).round(9)))])
@@ -146,7 +150,9 @@ def _bars(ax, places, ratios, numbers: bool = False) -> None:
         bars = ax.barh(places, values, 0.86, left, color=COLORS[normalizer])
         if numbers:
             texts = [f'{value:.2f}' if value >= 0.08 else '' for value in values]
-            ax.bar_label(bars, texts, label_type='center', fontsize=7.5, color='white' if normalizer == 'bn' else 'black')
+            ax.bar_label(
+                bars, texts, label_type='center', fontsize=7.5, color='white' if normalizer == 'bn' else 'black'
+            )
         left += values
     ax.set_xlim(0, 1)
     ax.set_xticks([0, 0.5, 1], ['0', '0.5', '1'])

@@ -16,9 +16,7 @@ STEPS = 200  # more of a course cannot be seen, and would only make the file lar
 def render(runs: list[Run]) -> str:
     """The text of the page: its template with the ratios, as JSON, in it."""
     data = dict(
-        normalizers=[
-            dict(name=name.upper(), color=color, dash=DASHES[LINES[name]]) for name, color in COLORS.items()
-        ],
+        normalizers=[dict(name=name.upper(), color=color, dash=DASHES[LINES[name]]) for name, color in COLORS.items()],
         runs=[_plain(run) for run in runs],
     )
     text = json.dumps(data, allow_nan=False).replace('<', '\\u003c')  # no label can end the element that it is in
