@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sn_openmmlab.analysis import Run, draw, mean_ratios, page, read_ratios
@@ -116,7 +117,7 @@ def show(runs: list[Run]) -> None:
     """Print a table of each run."""
     console = Console(width=None if sys.stdout.isatty() else 120)
     for run in runs:
-        table = Table(title=f'{run.label}: {len(run.layers)} SN layers', title_justify='left')
+        table = Table(title=escape(f'{run.label}: {len(run.layers)} SN layers'), title_justify='left')
         table.add_column('layer', no_wrap=True)
         for column in COLUMNS:
             table.add_column(column.replace('_', ' ').upper(), justify='right')
