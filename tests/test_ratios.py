@@ -71,7 +71,8 @@ def train(work_dir, hook, iterations=5, epochs=None, model=None, launcher='none'
         default_hooks=dict(checkpoint=CheckpointHook(interval=2, by_epoch=bool(epochs))),
         custom_hooks=[hook],
         launcher=launcher,
-        experiment_name=Path(work_dir).name,
+        # mmengine keeps visualizers by this name and the second of their start
+        experiment_name=f'{Path(work_dir).name}{" resumed" * config.get("resume", False)}',
         log_level='ERROR',
         **config,
     )
