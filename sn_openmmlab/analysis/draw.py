@@ -117,12 +117,11 @@ def course(runs: list[Run]) -> Figure:
                 ratios = np.nan_to_num(values[..., i])
                 ax.plot([*run.course], ratios.mean(1), LINES[normalizer], linewidth=2, **style)
                 ax.fill_between([*run.course], *np.quantile(ratios, (0.25, 0.75), 1), alpha=0.2, linewidth=0, **style)
-        ax.set_ylim(0, 1)
-        ax.set_yticks([0, 0.5, 1])
         ax.grid(color='0.9')
         ax.tick_params(labelsize=7)
         ax.spines[['top', 'right']].set_visible(False)
         ax.set_title(_title(runs, run, f'{part}, {TITLES[kind]}'), fontsize=8)
+    axes[0, 0].set_ylim(0)  # of all
     figure.supxlabel('iterations', fontsize=8)
     _legend(figure)
     return figure
