@@ -47,6 +47,7 @@ setup(
     license='Apache-2.0',
     keywords='computer vision, object detection, semantic segmentation, normalization',
     packages=find_packages(include=['sn_openmmlab', 'sn_openmmlab.*']),
+    package_data={'sn_openmmlab.analysis': ['page.html']},
     python_requires='>=3.10',
     # mmengine is needed too, but comes as one of two distributions: see the extras
     install_requires=['torch>=2.1'],

@@ -1,5 +1,5 @@
 """Switchable Normalization for OpenMMLab. Importing this package registers SN, SN1d, SN2d, SN3d and SyncSN,
-and the checkpoint addresses switchnorm://PATH."""
+the hook SNRatioHook, and the checkpoint addresses switchnorm://PATH."""
 
 import importlib.util
 
@@ -11,8 +11,10 @@ if importlib.util.find_spec('mmengine') is None:
     )
 
 from . import bases, flops
+from .analysis import read_ratios
 from .checkpoint import load_from_switchnorm  # noqa: F401  (registers switchnorm://)
 from .convert import convert_switch_norm
+from .hooks import SNRatioHook
 from .layers import SwitchNorm, SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SyncSN
 from .ops import switch_norm
 from .swap import swap_norm
@@ -22,6 +24,7 @@ bases.register()
 flops.register()
 
 __all__ = [
+    'SNRatioHook',
     'SwitchNorm',
     'SwitchNorm1d',
     'SwitchNorm2d',
@@ -29,6 +32,7 @@ __all__ = [
     'SyncSN',
     '__version__',
     'convert_switch_norm',
+    'read_ratios',
     'swap_norm',
     'switch_norm',
 ]

@@ -80,6 +80,18 @@ def part_of(place: str) -> str:
     return 'head'
 
 
+def part_name(layer: str) -> str:
+    """What figures and logs call the part of a layer: 'backbone', 'neck', or the head by its own name, as 'box head'.
+
+    A layer of no such part, as in a backbone that is a checkpoint by itself, belongs to the first of its names.
+    """
+    names = layer.split('.')
+    if part_of(layer) != 'head':
+        return part_of(layer)
+    heads = [name for name in names if name.endswith('head')]
+    return heads[-1].replace('bbox', 'box').replace('_', ' ') if heads else names[0]
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a norm layer of any kind."""
     if isinstance(module, SwitchNorm) or is_switchable(type(module)):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import cv2
@@ -16,6 +17,7 @@ from pycocotools.coco import COCO
 from torch.nn.modules.batchnorm import _NormBase
 
 from sn_openmmlab import SwitchNorm
+from sn_openmmlab.skeleton import part_name
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / 'tools'))
@@ -141,10 +143,7 @@ def test_the_model_has_sn_everywhere_and_trains_a_step(data):
     own = [m.bn for m in model.modules() if isinstance(m, SwitchNorm)]
     norms = [m for m in model.modules() if isinstance(m, _NormBase) and not isinstance(m, SwitchNorm)]
     assert {*map(id, own)} == {*map(id, norms)}
-    counts = {
-        part: sum(isinstance(m, SwitchNorm) for name, m in model.named_modules() if name.startswith(prefix))
-        for part, prefix in demo.PARTS.items()
-    }
+    counts = Counter(part_name(name) for name, m in model.named_modules() if isinstance(m, SwitchNorm))
     convs = config.model.roi_head.mask_head.num_convs
     assert counts == {'backbone': 20, 'neck': 8, 'box head': 4, 'mask head': convs}
     assert sum(counts.values()) == len(own)

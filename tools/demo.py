@@ -14,19 +14,12 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import torch
 
-from sn_openmmlab.safe_load import load_local, read_checkpoints_as_data
+from sn_openmmlab.analysis import mean_ratios, read_ratios
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs/demo/mask-rcnn_r18_fpn_sn_demo.py'
 DATA = Path('data/demo')  # as in the config
-PARTS = {
-    'backbone': 'backbone.',
-    'neck': 'neck.',
-    'box head': 'roi_head.bbox_head.',
-    'mask head': 'roi_head.mask_head.',
-}
 
 
 def main() -> None:
@@ -75,22 +68,16 @@ def table_of_scores(scores: dict) -> list[str]:
 
 def table_of_ratios(checkpoint: str) -> list[str]:
     """Importance ratios in a checkpoint, averaged over the SN layers of each part of the model."""
-    read_checkpoints_as_data()
-    state = load_local(checkpoint, 'cpu')['state_dict']
+    run = read_ratios(checkpoint)
     lines = [
         'importance ratios, averaged over layers',
         f'{"":22s}means                  variances',
         f'{"":12s}layers' + 2 * '     IN     LN     BN ',
     ]
-    for part, prefix in PARTS.items():
-        both = [
-            torch.stack(
-                [value.softmax(0) for key, value in state.items() if key.startswith(prefix) and key.endswith(kind)]
-            )
-            for kind in ('.mean_weight', '.var_weight')
-        ]
-        row = ' '.join(''.join(f'{ratio:7.3f}' for ratio in ratios.mean(0).tolist()) for ratios in both)
-        lines.append(f'{part:12s}{len(both[0]):6d}{row}')
+    for part, layers in run.parts.items():
+        means, variances = mean_ratios(run.layers[layer] for layer in layers)
+        row = ' '.join(''.join(f'{ratio:7.3f}' for ratio in ratios) for ratios in (means, variances))
+        lines.append(f'{part:12s}{len(layers):6d}{row}')
     return lines
 
 

@@ -107,5 +107,6 @@ param_scheduler = [
 ]
 
 default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=max_epochs), visualization=dict(score_thr=0.5))
+custom_hooks = [dict(type='SNRatioHook', interval=20, by_epoch=False)]
 visualizer = dict(alpha=0.4, line_width=2)
 randomness = dict(seed=0)

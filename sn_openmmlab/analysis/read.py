@@ -1,0 +1,166 @@
+"""Importance ratios of a trained network, read without building it."""
+
+import json
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from ..hooks.ratios import FILE, KINDS
+from ..ops import NORMALIZERS
+from ..safe_load import read_state_dict
+from ..skeleton import part_name
+
+TAG = re.compile(rf'sn_(?!parts/)[^/]+/(.+)/({"|".join(KINDS)})_({"|".join(NORMALIZERS)})')
+NO_SN = "it has no SN layer (norm_cfg=dict(type='SN') makes a model with some)"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Importance ratios of one trained network.
+
+    Ratios are arrays (2, 3): of the means and of the variances, for IN, LN and BN; NaN for a normalizer that the layer
+    does not have.
+
+    Attributes:
+        label (str): What figures call it.
+        layers (dict[str, ndarray]): Ratios by layer, in the network's order.
+        course (dict[int, dict[str, ndarray]]): The same over training, by the number of iterations done; empty if
+            :class:`SNRatioHook` did not log it.
+    """
+
+    label: str
+    layers: dict[str, np.ndarray]
+    course: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> dict[str, list[str]]:
+        """The names of the layers in each part."""
+        parts = {}
+        for layer in self.layers:
+            parts.setdefault(part_name(layer), []).append(layer)
+        return parts
+
+    def select(self, pattern: str) -> 'Run':
+        """The layers that have the regular expression ``pattern`` in their names."""
+        layers = {name: ratios for name, ratios in self.layers.items() if re.search(pattern, name)}
+        course = {step: {n: r for n, r in ratios.items() if n in layers} for step, ratios in self.course.items()}
+        return replace(self, layers=layers, course=course)
+
+
+def read_ratios(path: str | Path, label: str | None = None) -> Run:
+    """Read the importance ratios of a trained network.
+
+    Args:
+        path (str | Path): A checkpoint file; a work directory, of which the last checkpoint and the log of
+            :class:`SNRatioHook` are read (either is enough); or a result of ``benchmarks/accuracy`` (``.json``).
+        label (str, optional): What figures call it. Defaults to None: the name of the directory or of the ``.json``
+            file, or directory and name of the checkpoint.
+
+    Returns:
+        Run: The ratios.
+
+    Raises:
+        OSError: If there is no such file.
+        ValueError: If it cannot be read, has no SN layer, or does not tell which normalizers a layer has.
+    """
+    path = Path(path)
+    name = path.resolve()
+    if path.is_dir():
+        return Run(label or name.name, *_read_work_dir(path))
+    if path.suffix == '.json':
+        return Run(label or name.stem, _read_result(path))
+    return Run(label or f'{name.parent.name}/{name.stem}', _read_checkpoint(path, {}))
+
+
+def mean_ratios(ratios) -> np.ndarray:
+    """Mean of several layers' ratios (2, 3); a normalizer that a layer does not have counts as 0, unless none has."""
+    ratios = np.stack(list(ratios))
+    return np.where(np.isnan(ratios).all(0), np.nan, np.nan_to_num(ratios).mean(0))
+
+
+def _read_checkpoint(path: Path, known: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """``known`` are ratios of the same network, which tell the normalizers of its layers."""
+    state = read_state_dict(str(path))
+    suffix = '.mean_weight'
+    layers = {}
+    for prefix in (key.removesuffix(suffix) for key in state if key.endswith(suffix)):
+        logits = [state.get(f'{prefix}.{kind}_weight') for kind in KINDS]
+        has_bn = f'{prefix}.bn.running_mean' in state or f'{prefix}.running_mean' in state
+        name = prefix.removeprefix('module.')
+        layers[name] = _ratios(name, logits, has_bn, known.get(name))
+    if not layers:
+        raise ValueError(NO_SN)
+    return layers
+
+
+def _ratios(layer: str, logits: list[Tensor | None], has_bn: bool, known: np.ndarray | None) -> np.ndarray:
+    if any(values is None or values.dim() != 1 or len(values) != len(logits[0]) for values in logits):
+        shapes = ' and '.join('none' if values is None else str(tuple(values.shape)) for values in logits)
+        raise ValueError(f'{layer}: mean_weight and var_weight must be two vectors of one length, got {shapes}')
+    if not all(values.isfinite().all() for values in logits):
+        raise ValueError(f'{layer}: its logits are no finite numbers, the training has diverged')
+    count, ratios = len(logits[0]), [values.float().softmax(0).tolist() for values in logits]
+    if known is not None and (~np.isnan(known[0])).sum() == count:
+        return _filled(ratios, ~np.isnan(known[0]))
+    if count != 3 and (count != 2 or has_bn):
+        raise ValueError(
+            f'{layer}: {count} logits {"with" if has_bn else "without"} batch statistics do not tell their '
+            'normalizers, but a log of SNRatioHook does: give a work directory that has one'
+        )
+    return _filled(ratios)
+
+
+def _filled(ratios: list[list[float]], places=None) -> np.ndarray:
+    """Ratios of the normalizers at ``places`` as an array (2, 3); by default the first ones, a pair being IN and LN."""
+    array = np.full((2, 3), np.nan)
+    array[:, slice(len(ratios[0])) if places is None else places] = ratios
+    return array
+
+
+def _read_result(path: Path) -> dict[str, np.ndarray]:
+    try:
+        layers = json.loads(path.read_text(encoding='utf-8'))['importance_ratios']
+        layers = {name: _filled(ratios) for name, ratios in layers.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError('no JSON with importance_ratios, by layer two triples or pairs') from error
+    if not layers:
+        raise ValueError(NO_SN)
+    return layers
+
+
+def _read_work_dir(folder: Path) -> tuple[dict[str, np.ndarray], dict[int, dict[str, np.ndarray]]]:
+    course = {}
+    for log in sorted(folder.glob(f'*/vis_data/{FILE}')):  # folders are named by date and time
+        records = _read_log(log)
+        # a resumed training goes on from its checkpoint, whatever came after that before
+        course = {step: ratios for step, ratios in course.items() if step < min(records, default=0)} | records
+    newest = course[max(course)] if course else {}
+    last = folder / 'last_checkpoint'
+    if last.is_file():
+        checkpoint = Path(last.read_text(encoding='utf-8').strip())
+        beside = folder / checkpoint.name  # where the whole directory was moved
+        return _read_checkpoint(beside if beside.is_file() else checkpoint, newest), course
+    if not newest:
+        raise ValueError(f'neither last_checkpoint nor TIMESTAMP/vis_data/{FILE} of SNRatioHook is in it')
+    return newest, course
+
+
+def _read_log(path: Path) -> dict[int, dict[str, np.ndarray]]:
+    text = path.read_text(encoding='utf-8')
+    records = {}
+    for line in text[: text.rfind('\n') + 1].splitlines():  # without one that is being written
+        try:
+            record = json.loads(line)
+            ratios = records[record['step']] = {}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'{path} is no log of SNRatioHook ({line[:60]!r})') from error
+        for tag, value in record.items():
+            found = TAG.fullmatch(tag)
+            if found:
+                layer, kind, normalizer = found.groups()
+                array = ratios.setdefault(layer, np.full((2, 3), np.nan))
+                array[KINDS.index(kind), NORMALIZERS.index(normalizer)] = value
+    return records

@@ -1,0 +1,5 @@
+"""Hooks of mmengine's Runner."""
+
+from .ratios import SNRatioHook
+
+__all__ = ['SNRatioHook']
