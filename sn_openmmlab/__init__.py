@@ -1,4 +1,4 @@
-"""Switchable Normalization for OpenMMLab. Importing this package registers SN, SN1d, SN2d, SN3d and SyncSN,
+"""Switchable Normalization for OpenMMLab. Importing this package registers SN, SN1d, SN2d, SN3d and SyncSN, hooks,
 and the checkpoint addresses switchnorm://PATH."""
 
 import importlib.util
@@ -13,6 +13,7 @@ if importlib.util.find_spec('mmengine') is None:
 from . import bases, flops
 from .checkpoint import load_from_switchnorm  # noqa: F401  (registers switchnorm://)
 from .convert import convert_switch_norm
+from .hooks import SNBatchAverageHook, average_statistics
 from .layers import SwitchNorm, SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SyncSN
 from .ops import switch_norm
 from .swap import swap_norm
@@ -22,12 +23,14 @@ bases.register()
 flops.register()
 
 __all__ = [
+    'SNBatchAverageHook',
     'SwitchNorm',
     'SwitchNorm1d',
     'SwitchNorm2d',
     'SwitchNorm3d',
     'SyncSN',
     '__version__',
+    'average_statistics',
     'convert_switch_norm',
     'swap_norm',
     'switch_norm',
