@@ -1,4 +1,4 @@
-"""Switchable Normalization for OpenMMLab. Importing this package registers SN, SN1d, SN2d, SN3d and SyncSN, hooks,
+"""Switchable Normalization for OpenMMLab. Importing this package registers SN, SN1d, SN2d, SN3d, SyncSN and SSN, hooks,
 and the checkpoint addresses switchnorm://PATH."""
 
 import importlib.util
@@ -13,8 +13,8 @@ if importlib.util.find_spec('mmengine') is None:
 from . import bases, flops
 from .checkpoint import load_from_switchnorm  # noqa: F401  (registers switchnorm://)
 from .convert import convert_switch_norm
-from .hooks import SNBatchAverageHook, average_statistics
-from .layers import SwitchNorm, SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SyncSN
+from .hooks import SNBatchAverageHook, SSNRadiusHook, average_statistics
+from .layers import SparseSwitchNorm, SwitchNorm, SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SyncSN
 from .ops import switch_norm
 from .swap import swap_norm
 from .version import __version__
@@ -24,6 +24,8 @@ flops.register()
 
 __all__ = [
     'SNBatchAverageHook',
+    'SSNRadiusHook',
+    'SparseSwitchNorm',
     'SwitchNorm',
     'SwitchNorm1d',
     'SwitchNorm2d',

@@ -1,3 +1,4 @@
 from .batch_average import SNBatchAverageHook, average_statistics
+from .ssn_radius import SSNRadiusHook
 
-__all__ = ['SNBatchAverageHook', 'average_statistics']
+__all__ = ['SNBatchAverageHook', 'SSNRadiusHook', 'average_statistics']
