@@ -1,5 +1,5 @@
-"""Switchable Normalization for OpenMMLab. Importing this package registers SN, SN1d, SN2d, SN3d and SyncSN,
-the hook SNRatioHook, and the checkpoint addresses switchnorm://PATH."""
+"""Switchable Normalization for OpenMMLab. Importing this package registers SN, SN1d, SN2d, SN3d, SyncSN and SSN, hooks,
+and the checkpoint addresses switchnorm://PATH."""
 
 import importlib.util
 
@@ -14,8 +14,8 @@ from . import bases, flops
 from .analysis import read_ratios
 from .checkpoint import load_from_switchnorm  # noqa: F401  (registers switchnorm://)
 from .convert import convert_switch_norm
-from .hooks import SNRatioHook
-from .layers import SwitchNorm, SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SyncSN
+from .hooks import SNBatchAverageHook, SNRatioHook, SSNRadiusHook, average_statistics
+from .layers import SparseSwitchNorm, SwitchNorm, SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SyncSN
 from .ops import switch_norm
 from .swap import swap_norm
 from .version import __version__
@@ -24,13 +24,17 @@ bases.register()
 flops.register()
 
 __all__ = [
+    'SNBatchAverageHook',
     'SNRatioHook',
+    'SSNRadiusHook',
+    'SparseSwitchNorm',
     'SwitchNorm',
     'SwitchNorm1d',
     'SwitchNorm2d',
     'SwitchNorm3d',
     'SyncSN',
     '__version__',
+    'average_statistics',
     'convert_switch_norm',
     'read_ratios',
     'swap_norm',

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from .layers import SwitchNorm, SwitchNorm1d, SwitchNorm3d, SyncSN
+from .layers import SparseSwitchNorm, SwitchNorm, SwitchNorm1d, SwitchNorm3d, SyncSN
 
 ONE_HOT = 1 - 1e-6  # a smaller importance ratio of BN is not BatchNorm
 
@@ -30,8 +30,9 @@ def convert_switch_norm(model: nn.Module, to: str = 'SN', init_ratios=None, inpl
     Args:
         model (nn.Module): The model; mmcv's ``SyncBatchNorm`` (``MMSyncBN``) counts as SyncBatchNorm.
         to (str): 'SN'; 'SyncSN' for batch statistics of all processes, which 'SN' does not keep for what was
-            SyncBatchNorm; or 'BN', which turns SN layers back into BatchNorm2d (SN1d and SN3d into BatchNorm1d and 3d,
-            those with synchronised statistics into SyncBatchNorm) where all importance is on BN. Defaults to 'SN'.
+            SyncBatchNorm; 'SSN', which ends in one normalizer; or 'BN', which turns SN layers back into BatchNorm2d
+            (SN1d and SN3d into BatchNorm1d and 3d, those with synchronised statistics into SyncBatchNorm) where all
+            importance is on BN. Defaults to 'SN'.
         init_ratios (Sequence[float], optional): Importance ratios of IN, LN and BN to start from. Defaults to None,
             equal ones.
         inplace (bool): Whether to change ``model`` itself; otherwise a deep copy is changed. Defaults to True.
@@ -53,8 +54,8 @@ def convert_switch_norm(model: nn.Module, to: str = 'SN', init_ratios=None, inpl
         >>> convert_switch_norm(model, to='BN')[1]
         BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
     """
-    if to not in ('SN', 'SyncSN', 'BN'):
-        raise ValueError(f"to must be 'SN', 'SyncSN' or 'BN', got {to!r}")
+    if to not in ('SN', 'SyncSN', 'SSN', 'BN'):
+        raise ValueError(f"to must be 'SN', 'SyncSN', 'SSN' or 'BN', got {to!r}")
     if to == 'BN' and init_ratios is not None:
         raise ValueError(f"init_ratios={init_ratios!r} is for SN layers, and to='BN' makes none; leave it out")
     found = dict(_norms(model, to))
@@ -131,7 +132,8 @@ def _ratios(layer: SwitchNorm) -> str:
 def _switch_norm(old: nn.Module, to: str, init_ratios, like: torch.Tensor) -> SwitchNorm:
     """An SN layer with the weight, shift, statistics and mode of ``old``."""
     rank = {nn.BatchNorm1d: SwitchNorm1d, nn.BatchNorm3d: SwitchNorm3d}
-    cls = SyncSN if to == 'SyncSN' else next((new for kind, new in rank.items() if isinstance(old, kind)), SwitchNorm)
+    cls = next((new for kind, new in rank.items() if isinstance(old, kind)), SwitchNorm)
+    cls = dict(SyncSN=SyncSN, SSN=SparseSwitchNorm).get(to, cls)
     channels = old.num_channels if isinstance(old, nn.GroupNorm) else old.num_features
     momentum = dict(momentum=old.momentum) if _is_batch_norm(old) else {}
     like = next((t for t in (*old.parameters(), *old.buffers()) if t.is_floating_point()), like)

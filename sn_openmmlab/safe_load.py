@@ -9,7 +9,7 @@ import contextlib
 import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 import torch
 from mmengine.logging import HistoryBuffer
@@ -36,9 +36,14 @@ def read_state_dict(path: str, map_location=None) -> dict[str, Tensor]:
         OSError: If there is no such file.
         ValueError: If it is no checkpoint, or holds code, or no state dict.
     """
+    return dict(state_dict_in(read_checkpoint(path, map_location)))
+
+
+def read_checkpoint(path: str, map_location=None) -> object:
+    """Read all that a checkpoint file holds; else as :func:`read_state_dict`."""
     try:
         with torch.serialization.safe_globals(harmless()) if _can_allow() else contextlib.nullcontext():
-            content = torch.load(os.path.expanduser(path), map_location=map_location or 'cpu', weights_only=True)
+            return torch.load(os.path.expanduser(path), map_location=map_location or 'cpu', weights_only=True)
     except OSError:
         raise
     except Exception as error:  # of many types, by the way in which a file is none of torch's
@@ -50,6 +55,10 @@ def read_state_dict(path: str, map_location=None) -> dict[str, Tensor]:
             ) from error
         reason = str(error).split('\n')[0] or type(error).__name__
         raise ValueError(f'it is no file that torch.save wrote, or not all of one ({reason})') from error
+
+
+def state_dict_in(content: object) -> MutableMapping[str, Tensor]:
+    """The state dict of what :func:`read_checkpoint` returned, itself and no copy."""
     for name in 'state_dict', 'model':
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
@@ -63,7 +72,7 @@ def read_state_dict(path: str, map_location=None) -> dict[str, Tensor]:
             'it holds no state dict (tensors by name, alone or as state_dict or model), but '
             + (f'also {", ".join(others[:4])}' if others else 'nothing')
         )
-    return dict(content)
+    return content
 
 
 def read_checkpoints_as_data() -> None:

@@ -571,10 +571,10 @@ class TestRefused:
         [
             (['none.pth', 'new.pth'], r"checkpoint 'none\.pth' is no file"),
             (['https://host/good.pth', 'new.pth'], 'is an address; download it'),
-            (['good.pth', 'none/new.pth'], "'none', the folder of DST"),
+            (['good.pth', 'none/new.pth'], "'none', the folder to write 'new.pth' into"),
             (['good.pth', 'folder'], "'folder' is a folder"),
             (['good.pth', 'there.pth'], r"'there\.pth' exists; --force"),
-            (['good.pth', 'good.pth', '--force'], r'good\.pth is the checkpoint to convert'),
+            (['good.pth', 'good.pth', '--force'], r'good\.pth is the checkpoint to read'),
             (['good.pth', 'good.pth', 'new.pth'], 'good.pth has keys of the file before it'),
             (['good.pth', 'new.pth', '--from', 'bn'], 'by its keys .* is a switchnorm checkpoint, not a bn one'),
             (['good.pth', 'new.pth', '--from', 'gn'], "invalid choice: 'gn'"),

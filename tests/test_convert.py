@@ -165,7 +165,7 @@ def test_layers_that_are_no_batch_norm_are_named():
 @pytest.mark.parametrize(
     'model, kwargs, message',
     [
-        (nn.Sequential(nn.BatchNorm2d(4)), dict(to='LN'), "'SN', 'SyncSN' or 'BN', got 'LN'"),
+        (nn.Sequential(nn.BatchNorm2d(4)), dict(to='LN'), "'SN', 'SyncSN', 'SSN' or 'BN', got 'LN'"),
         (nn.Sequential(nn.BatchNorm2d(4)), dict(to='BN', init_ratios=BN_ONLY), 'leave it out'),
         (nn.Sequential(nn.BatchNorm2d(4)), dict(init_ratios=(1, 1, 1)), 'sum to 1'),
         (nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4, track_running_stats=False)), {}, 'track_running_stats=False.*: 1$'),

@@ -22,7 +22,7 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
-from sn_openmmlab import SNRatioHook, SwitchNorm, read_ratios
+from sn_openmmlab import SNRatioHook, SparseSwitchNorm, SwitchNorm, read_ratios
 from sn_openmmlab.analysis import draw
 
 ROOT = Path(__file__).parents[1]
@@ -230,6 +230,17 @@ class TestReading:
         assert run.label == f'{tmp_path.name}/model' and run.course == {}
         np.testing.assert_allclose(run.layers['0'], [[0.2, 0.3, 0.5]] * 2, atol=1e-6)
         np.testing.assert_allclose(run.layers['1'], [[0.5, 0.5, np.nan]] * 2, atol=1e-6)
+
+    def test_a_checkpoint_of_sparse_sn(self, tmp_path):
+        net = nn.Sequential(SparseSwitchNorm(4, init_ratios=(0.2, 0.3, 0.5)), SwitchNorm(4))
+        net[0].radius.fill_(0.6)
+        path = tmp_path / 'ssn.pth'
+        torch.save(net.state_dict(), path)
+        layers = read_ratios(path).layers
+        assert [*layers] == ['0', '1']
+        for i, ratios in enumerate(layers.values()):
+            np.testing.assert_allclose(ratios, net[i].importance_ratios, atol=1e-7)
+        assert (layers['0'][:, 2] > 0.5).all()  # pushed away from its logits by the radius
 
     def test_a_result_of_the_accuracy_comparison(self, tmp_path):
         ratios = {'backbone.bn1': [[0.2, 0.3, 0.5], [0.1, 0.2, 0.7]], 'decode_head.bn': [[0.4, 0.6], [0.5, 0.5]]}

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..hooks.ratios import FILE, KINDS
-from ..ops import NORMALIZERS
+from ..ops import NORMALIZERS, sparsestmax
 from ..safe_load import read_state_dict
 from ..skeleton import part_name
 
@@ -90,19 +91,23 @@ def _read_checkpoint(path: Path, known: dict[str, np.ndarray]) -> dict[str, np.n
         logits = [state.get(f'{prefix}.{kind}_weight') for kind in KINDS]
         has_bn = f'{prefix}.bn.running_mean' in state or f'{prefix}.running_mean' in state
         name = prefix.removeprefix('module.')
-        layers[name] = _ratios(name, logits, has_bn, known.get(name))
+        layers[name] = _ratios(name, logits, state.get(f'{prefix}.radius'), has_bn, known.get(name))
     if not layers:
         raise ValueError(NO_SN)
     return layers
 
 
-def _ratios(layer: str, logits: list[Tensor | None], has_bn: bool, known: np.ndarray | None) -> np.ndarray:
+def _ratios(
+    layer: str, logits: list[Tensor | None], radius: Tensor | None, has_bn: bool, known: np.ndarray | None
+) -> np.ndarray:
+    """Softmax of the logits, or what SSN has in its place, which is the one with a radius."""
     if any(values is None or values.dim() != 1 or len(values) != len(logits[0]) for values in logits):
         shapes = ' and '.join('none' if values is None else str(tuple(values.shape)) for values in logits)
         raise ValueError(f'{layer}: mean_weight and var_weight must be two vectors of one length, got {shapes}')
     if not all(values.isfinite().all() for values in logits):
         raise ValueError(f'{layer}: its logits are no finite numbers, the training has diverged')
-    count, ratios = len(logits[0]), [values.float().softmax(0).tolist() for values in logits]
+    count, logits = len(logits[0]), torch.stack(logits).float()
+    ratios = (logits.softmax(1) if radius is None else sparsestmax(logits, radius)).tolist()
     if known is not None and (~np.isnan(known[0])).sum() == count:
         return _filled(ratios, ~np.isnan(known[0]))
     if count != 3 and (count != 2 or has_bn):

@@ -1,5 +1,7 @@
 """Hooks of mmengine's Runner."""
 
+from .batch_average import SNBatchAverageHook, average_statistics
 from .ratios import SNRatioHook
+from .ssn_radius import SSNRadiusHook
 
-__all__ = ['SNRatioHook']
+__all__ = ['SNBatchAverageHook', 'SNRatioHook', 'SSNRadiusHook', 'average_statistics']

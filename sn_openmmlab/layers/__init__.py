@@ -1,3 +1,4 @@
+from .sparse import SparseSwitchNorm
 from .switch_norm import SwitchNorm, SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SyncSN
 
-__all__ = ['SwitchNorm', 'SwitchNorm1d', 'SwitchNorm2d', 'SwitchNorm3d', 'SyncSN']
+__all__ = ['SparseSwitchNorm', 'SwitchNorm', 'SwitchNorm1d', 'SwitchNorm2d', 'SwitchNorm3d', 'SyncSN']

@@ -2,8 +2,11 @@
 
 import re
 
+import torch
 from mmengine.logging import print_log
 from torch import Tensor
+
+from ..ops import sparsestmax
 
 # the logits of the authors' ResNets, detectors and decoders; no norm layer of OpenMMLab has such a name
 AUTHORS_NAMES = re.compile(
@@ -51,3 +54,10 @@ def explain_sizes(logits: list[Tensor], normalizers: tuple[str, ...], error_msgs
             f"{start}this checkpoint's were trained with {wanted}, and the model is built with {normalizers}; logits "
             "that do not fit are not loaded. Build it with norm_cfg=dict(type='SN', normalizers=...) to match."
         )
+
+
+def softmax_of_sparsestmax(logits: Tensor, radius: Tensor | float) -> Tensor:
+    """Logits whose softmax, which is all that SN and its backends know, gives the ratios of SSN's logits."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    # log(tiny) in place of log(0) is finite, its softmax nothing beside 1, and its gradient 0, as it is to be
+    return sparsestmax(logits, radius).clamp(min=torch.finfo(torch.float32).tiny).log()

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..ops import NORMALIZERS, switch_norm
-from .loading import explain_sizes, refuse_authors_names, tell_of_batch_norm
+from .loading import explain_sizes, refuse_authors_names, softmax_of_sparsestmax, tell_of_batch_norm
 
 
 @MODELS.register_module('SN')
@@ -131,6 +131,10 @@ class SwitchNorm(_InstanceNorm):
         """Normalize ``x`` of shape (N, C, \\*)."""
         return _normalize(self, x)
 
+    def _choice(self) -> tuple[tuple[str, ...], Tensor, Tensor]:
+        """The normalizers to compute, and the logits of their importance ratios."""
+        return self.normalizers, self.mean_weight, self.var_weight
+
     def _group(self):
         """The process group that the batch moments are taken over, None where this process is alone."""
         alone = isinstance(self.bn, _BatchNorm) and not isinstance(self.bn, nn.SyncBatchNorm)
@@ -166,6 +170,9 @@ class SwitchNorm(_InstanceNorm):
             if value is not None and value.shape[1:2] == (self.num_features,) and value.numel() == self.num_features:
                 state_dict[prefix + name] = value.reshape(-1)
         logits = [prefix + name for name in ('mean_weight', 'var_weight')]
+        if prefix + 'radius' in state_dict and 'radius' not in self._buffers:
+            radius = state_dict.pop(prefix + 'radius')
+            state_dict.update({name: softmax_of_sparsestmax(state_dict[name], radius) for name in logits})
         if f'{prefix}bn.running_mean' in state_dict and not any(name in state_dict for name in logits):
             state_dict.update(zip(logits, (self.mean_weight.detach(), self.var_weight.detach())))
             tell_of_batch_norm(missing_keys)
@@ -242,7 +249,8 @@ class SyncSN(SwitchNorm):
 @torch.fx.wrap  # a leaf of symbolic traces, which must not keep the mode that they were taken in
 def _normalize(layer: SwitchNorm, x: Tensor) -> Tensor:
     layer._check_input_dim(x)
-    own = dict(eps=layer.eps, normalizers=layer.normalizers)
+    normalizers, mean_weight, var_weight = layer._choice()
+    own = dict(eps=layer.eps, normalizers=normalizers)
     bn = layer.bn
     if bn is not None:
         own |= dict(
@@ -253,7 +261,7 @@ def _normalize(layer: SwitchNorm, x: Tensor) -> Tensor:
             momentum=bn.momentum,
             group=layer._group() if bn.training else None,
         )
-    return switch_norm(x, layer.mean_weight, layer.var_weight, layer.weight, layer.bias, **own)
+    return switch_norm(x, mean_weight, var_weight, layer.weight, layer.bias, **own)
 
 
 @functools.lru_cache

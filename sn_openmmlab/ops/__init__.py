@@ -2,5 +2,6 @@
 
 from .function import switch_norm
 from .reference import NORMALIZERS, switch_norm_reference
+from .sparsestmax import sparsestmax
 
-__all__ = ['NORMALIZERS', 'switch_norm', 'switch_norm_reference']
+__all__ = ['NORMALIZERS', 'sparsestmax', 'switch_norm', 'switch_norm_reference']

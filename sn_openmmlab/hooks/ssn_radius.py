@@ -1,0 +1,68 @@
+"""The radius of SSN layers, which makes them choose in the course of a training."""
+
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+from ..layers import SparseSwitchNorm
+
+
+@HOOKS.register_module()
+class SSNRadiusHook(Hook):
+    r"""Let the ``radius`` of SSN layers grow from 0, free ratios, to 1, one-hot ones.
+
+    .. math::
+        \rho(t) = \min(1, \max(0, (t / T - \text{begin}) / (\text{end} - \text{begin})))
+
+    at iteration :math:`t` of :math:`T`, linearly as in *SSN* (Shao et al., CVPR 2019). It depends on the iteration
+    only, so that a resumed training goes on with it. Layers whose logits are frozen (``frozen_stages``,
+    ``requires_grad=False``) keep their radius, and compute what they did.
+
+    Args:
+        begin (float): Fraction of the training after which the radius leaves 0. Defaults to 0.0.
+        end (float): Fraction of the training after which it is 1. What remains trains the network that is going to be
+            used, and its statistics. Defaults to 0.8, this project's choice.
+
+    Raises:
+        ValueError: If an argument is wrong, or the model has no SSN layer that learns.
+
+    Examples:
+        >>> import sn_openmmlab
+        >>> custom_hooks = [dict(type='SSNRadiusHook')]
+    """
+
+    priority = 'ABOVE_NORMAL'  # before EMAHook copies the radius and CheckpointHook saves it
+
+    def __init__(self, begin: float = 0.0, end: float = 0.8) -> None:
+        if not 0 <= begin < end <= 1:
+            raise ValueError(
+                f'begin and end must be fractions of the training, 0 <= begin < end <= 1, got {begin}, {end}'
+            )
+        self.begin = begin
+        self.end = end
+
+    def before_train(self, runner: Runner) -> None:
+        """Find the layers."""
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        found = [m for m in model.modules() if isinstance(m, SparseSwitchNorm)]
+        self._layers = [m for m in found if m.mean_weight.requires_grad or m.var_weight.requires_grad]
+        if not self._layers:
+            raise ValueError(
+                f"none of the model's {len(found)} SSN layers learns its ratios; SSNRadiusHook is for models with "
+                "norm_cfg=dict(type='SSN') in parts that are not frozen"
+            )
+        if len(self._layers) < len(found):
+            runner.logger.info(
+                f'{len(found) - len(self._layers)} of {len(found)} SSN layers are frozen and do not choose'
+            )
+        self._set(runner.iter / runner.max_iters)
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        """Set the radius of the next iteration, and of a checkpoint or validation between."""
+        self._set((runner.iter + 1) / runner.max_iters)
+
+    def _set(self, progress: float) -> None:
+        radius = min(1.0, max(0.0, (progress - self.begin) / (self.end - self.begin)))
+        for layer in self._layers:
+            layer.radius.fill_(radius)

@@ -1,0 +1,117 @@
+"""Sparse Switchable Normalization: ``norm_cfg=dict(type='SSN')``, which ends in one normalizer instead of a blend."""
+
+import itertools
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from mmengine.registry import MODELS
+from torch import Tensor
+
+from ..ops import sparsestmax
+from .loading import softmax_of_sparsestmax
+from .switch_norm import SwitchNorm, _normalize
+
+
+@MODELS.register_module('SSN')
+class SparseSwitchNorm(SwitchNorm):
+    r""":class:`SwitchNorm` whose importance ratios become one-hot in the course of the training.
+
+    .. math::
+        w = \mathrm{sparsestmax}(\text{mean\_weight}; \rho), \quad w' = \mathrm{sparsestmax}(\text{var\_weight}; \rho)
+
+    in place of softmax (*SSN: Learning Sparse Switchable Normalization via SparsestMax*, Shao et al., CVPR 2019; see
+    :func:`sn_openmmlab.ops.sparsestmax`). The buffer ``radius``, :math:`\rho`, is saved with the checkpoint. It starts
+    at 0, where the ratios are the projection of the logits onto the simplex; :class:`SSNRadiusHook` lets it grow to 1,
+    where each triple of ratios is one-hot. Means and variances choose separately, as in SN.
+
+    In evaluation mode only normalizers with a ratio above 0 are computed, and IN, LN or BN alone are torch's group and
+    batch norm. Which they are is looked up when the layer enters evaluation mode, or loads a checkpoint in it; after
+    any other change of logits or radius call ``eval()`` again.
+
+    Checkpoints of BatchNorm load as into SN. Those of SN load too, with their ratios as the start, and those of SSN
+    load into SN, with the ratios that they have.
+
+    Args:
+        *args: As :class:`SwitchNorm`'s.
+        **kwargs: As :class:`SwitchNorm`'s. ``init_ratios`` become the logits themselves.
+
+    Examples:
+        >>> import torch
+        >>> from mmengine.registry import MODELS
+        >>> import sn_openmmlab
+        >>> norm = MODELS.build(dict(type='SSN', num_features=64, init_ratios=(0.2, 0.3, 0.5)))
+        >>> norm.radius.fill_(1.0)
+        tensor(1.)
+        >>> norm.importance_ratios
+        tensor([[0., 0., 1.],
+                [0., 0., 1.]])
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if self.init_ratios is not None:
+            self._start = list(self.init_ratios)
+        self.register_buffer('radius', torch.zeros_like(self.mean_weight[0].detach()))
+        self._taken = self.normalizers
+        self.reset_parameters()
+
+    @property
+    def importance_ratios(self) -> Tensor:
+        """Current importance ratios (2, K): those of the means, then those of the variances; a detached copy."""
+        logits = torch.stack([self.mean_weight.detach(), self.var_weight.detach()])
+        return sparsestmax(logits.float(), self.radius)
+
+    def reset_parameters(self) -> None:
+        """Set everything to its starting value, ``radius`` to 0."""
+        super().reset_parameters()
+        if hasattr(self, 'radius'):  # not yet, when the base class calls this
+            self.radius.zero_()
+
+    def train(self, mode: bool = True) -> 'SparseSwitchNorm':
+        """Set the mode, and look up which normalizers evaluation takes."""
+        super().train(mode)
+        self._look_up()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize ``x`` of shape (N, C, \\*)."""
+        return _normalize_sparsely(self, x)
+
+    def _look_up(self) -> None:
+        self._taken = self.normalizers
+        if not self.training and not self.radius.is_meta:
+            taken = (self.importance_ratios > 0).any(0).tolist()
+            self._taken = tuple(itertools.compress(self.normalizers, taken))
+
+    def _choice(self) -> tuple[tuple[str, ...], Tensor, Tensor]:
+        if len(self._taken) == 1:
+            return self._taken, *torch.zeros_like(torch.stack([self.mean_weight, self.var_weight])[:, :1])
+        logits = softmax_of_sparsestmax(torch.stack([self.mean_weight, self.var_weight]), self.radius)
+        if self._taken != self.normalizers:
+            logits = logits[:, [self.normalizers.index(name) for name in self._taken]]
+        return self._taken, *logits
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """Load as SN does; SN's own logits become its ratios, and ``radius``, which neither it nor BN has, 0."""
+        if prefix + 'radius' not in state_dict and any(key.startswith(prefix) for key in state_dict):
+            state_dict[prefix + 'radius'] = torch.zeros_like(self.radius)
+            for name in prefix + 'mean_weight', prefix + 'var_weight':
+                if name in state_dict:
+                    state_dict[name] = state_dict[name].softmax(0)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._look_up()
+
+
+@torch.fx.wrap  # a leaf of symbolic traces, as SN is
+def _normalize_sparsely(layer: SparseSwitchNorm, x: Tensor) -> Tensor:
+    alone = layer._taken[0] if len(layer._taken) == 1 else None
+    if alone == 'bn' and not layer.bn.training:
+        layer._check_input_dim(x)
+        return F.batch_norm(x, layer.bn.running_mean, layer.bn.running_var, layer.weight, layer.bias, eps=layer.eps)
+    # torch's group norm takes parameters of another dtype not everywhere, and is slow on channels last
+    if alone in ('in', 'ln') and x.is_contiguous() and x.dtype == layer.mean_weight.dtype:
+        layer._check_input_dim(x)
+        groups = layer.num_features if alone == 'in' else 1
+        return torch.group_norm(x, groups, layer.weight, layer.bias, layer.eps)
+    return _normalize(layer, x)

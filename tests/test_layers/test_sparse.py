@@ -1,0 +1,376 @@
+"""SSN: the ratios of SparsestMax, the layer against the formula, checkpoints, and a training that ends one-hot."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.fx
+import torch.nn.functional as F
+from mmengine.hooks import Hook
+from mmengine.model import BaseModel
+from mmengine.registry import MODELS
+from mmengine.runner import Runner
+from torch import nn
+from torch.autograd import gradcheck
+
+from sn_openmmlab import SparseSwitchNorm, SSNRadiusHook, SwitchNorm, convert_switch_norm
+from sn_openmmlab.ops import sparsestmax
+
+# logits, rho, and the ratios by hand: u + r * d/|d|, with r = rho * sqrt(2/3)
+POINTS = dict(
+    inside=((0.5, 0.3, 0.2), 0.2, (0.5, 0.3, 0.2)),  # |p0 - u| = 0.216 is above r = 0.163
+    circle=((0.36, 0.32, 0.32), 0.3, (8 / 15, 7 / 30, 7 / 30)),  # d/|d| = (2, -1, -1) / sqrt(6)
+    edge=((0.9, 0.5, -0.7), 0.6, (0.7, 0.3, 0.0)),
+    edge_of_the_circle=((0.5, 0.45, 0.05), 0.7, (0.5 + 0.2 * 2**0.5, 0.5 - 0.2 * 2**0.5, 0.0)),  # r^2 - 1/6 = 0.4^2
+    vertex=((2.0, 0.0, -1.0), 0.3, (1.0, 0.0, 0.0)),
+    end=((0.34, 0.35, 0.31), 1.0, (0.0, 1.0, 0.0)),
+    centre=((1.0, 1.0, 1.0), 0.5, (1 / 3, 1 / 3, 1 / 3)),
+    tie_at_the_end=((1.0, 1.0, 0.0), 1.0, (1.0, 0.0, 0.0)),
+)
+
+
+def double(values, **kwargs):
+    return torch.tensor(values, dtype=torch.float64, **kwargs)
+
+
+@pytest.mark.parametrize('point', POINTS)
+def test_sparsestmax_by_hand(point):
+    z, rho, expected = POINTS[point]
+    for k in range(3):  # in any order, unless that decides a tie
+        if point != 'tie_at_the_end' or k == 0:
+            p = sparsestmax(double(z).roll(k), rho)
+            torch.testing.assert_close(p, double(expected).roll(k), rtol=1e-12, atol=1e-12)
+    assert torch.equal(sparsestmax(double([z, z]), rho)[1], sparsestmax(double(z), rho))
+
+
+def test_sparsestmax_is_the_closest_point_that_the_circle_allows():
+    torch.manual_seed(0)
+    z = torch.randn(60, 3, dtype=torch.float64) * double([0.1, 0.3, 1]).repeat(20)[:, None]
+    rho = torch.rand(60, 1, dtype=torch.float64) * 0.99
+    p, r = sparsestmax(z, rho), rho * (2 / 3) ** 0.5
+    torch.testing.assert_close(p.sum(1), torch.ones(60, dtype=torch.float64))
+    assert (p >= 0).all() and ((p - 1 / 3).norm(dim=1) >= r[:, 0] - 1e-9).all()
+    a, b = torch.meshgrid(*[torch.linspace(0, 1, 101, dtype=torch.float64)] * 2, indexing='ij')
+    grid = torch.stack([a, b, 1 - a - b], -1)[a + b <= 1]
+    allowed = (grid - 1 / 3).norm(dim=1) >= r
+    best = torch.cdist(z, grid).where(allowed, torch.inf).amin(1)
+    assert allowed.any(1).all() and ((p - z).norm(dim=1) <= best + 1e-9).all()
+
+
+@pytest.mark.parametrize('k', [1, 2, 5])
+def test_sparsestmax_of_other_sizes(k):
+    torch.manual_seed(k)
+    z = torch.randn(50, k, dtype=torch.float64) / 3
+    for rho in 0.0, 0.3, 0.7, 0.95, 0.999999, 1.0:
+        p = sparsestmax(z, rho)
+        assert (p >= 0).all() and torch.allclose(p.sum(1), torch.ones_like(p[:, 0]))
+        assert ((p - 1 / k).square().sum(1) >= rho**2 * (k - 1) / k - 1e-9).all()
+    assert torch.equal(p, F.one_hot(z.argmax(1), k).double())
+
+
+@pytest.mark.parametrize('point', POINTS)
+def test_gradients_of_sparsestmax(point):
+    z, rho, _ = POINTS[point]
+    if point in ('centre', 'tie_at_the_end'):  # not differentiable; finite all the same, for a training to leave it
+        z = double(z, requires_grad=True)
+        (grad,) = torch.autograd.grad(sparsestmax(z, rho)[0], z)
+        assert grad.isfinite().all()
+    else:
+        assert gradcheck(lambda z: sparsestmax(z, rho), double(z, requires_grad=True))
+
+
+# -- the layer ----------------------------------------------------------------------------------------------------
+
+
+def make(means='circle', variances=None, cls=SparseSwitchNorm, **kwargs):
+    """A layer away from its start, with the ratios of one point for the means, and of another for the variances."""
+    z, rho, _ = POINTS[means]
+    layer = cls(4, **kwargs).double()
+    layer.mean_weight.data = double(z)
+    layer.var_weight.data = double(z if variances is None else POINTS[variances][0]).roll(1)
+    layer.radius.fill_(rho)
+    generator = torch.Generator().manual_seed(0)
+    for p in layer.weight, layer.bias, layer.bn.running_mean:
+        p.data.normal_(generator=generator)
+    layer.bn.running_var.uniform_(0.5, 2, generator=generator)
+    return layer
+
+
+def formula(layer, x, z, v, weight):
+    """The definition with ratios p in place of softmax, on any input of 4 dimensions."""
+    p, q = sparsestmax(z, layer.radius), sparsestmax(v, layer.radius)
+    moments = [torch.var_mean(x, axes, correction=0, keepdim=True) for axes in ((2, 3), (1, 2, 3), (0, 2, 3))]
+    if not layer.bn.training:
+        moments[2] = layer.bn.running_var.view(1, 4, 1, 1), layer.bn.running_mean.view(1, 4, 1, 1)
+    mean = sum(a * m for a, (_, m) in zip(p, moments))
+    var = sum(b * s for b, (s, _) in zip(q, moments))
+    y = (x - mean) / (var + layer.eps).sqrt()
+    return y * weight.view(1, 4, 1, 1) + layer.bias.view(1, 4, 1, 1)
+
+
+def images(seed=1):
+    return torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 + 1
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize(
+    'means, variances',
+    [('inside', None), ('circle', None), ('edge', None), ('edge_of_the_circle', 'inside'), ('end', None)],
+)
+def test_layer_and_all_its_gradients_equal_the_formula(means, variances, training):
+    layer = make(means, variances).train(training)
+    x = images().requires_grad_()
+    inputs = x, layer.mean_weight, layer.var_weight, layer.weight
+    y, expected = layer(x), formula(layer, *inputs)
+    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+    dy = torch.linspace(-1, 2, y.numel(), dtype=torch.float64).view_as(y).cos()
+    grads = torch.autograd.grad(y, inputs, dy, allow_unused=True)
+    for grad, exact in zip(grads, torch.autograd.grad(expected, inputs, dy)):
+        torch.testing.assert_close(torch.zeros_like(exact) if grad is None else grad, exact, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('means', ['inside', 'circle', 'edge'])
+def test_gradcheck(means):
+    layer = make(means)
+
+    def function(x, z, v):
+        return torch.func.functional_call(layer, dict(mean_weight=z, var_weight=v), (x,))
+
+    z, v = (t.detach().clone().requires_grad_() for t in (layer.mean_weight, layer.var_weight))
+    layer.bn.eval()  # statistics that stay
+    assert gradcheck(function, (images()[:2, :, :2, :2].requires_grad_(), z, v))
+
+
+def one_hot(mean, var=None):
+    layer = make('end')
+    layer.mean_weight.data, layer.var_weight.data = (
+        F.one_hot(torch.tensor(k), 3).double() for k in (mean, mean if var is None else var)
+    )
+    return layer.eval()
+
+
+def test_evaluation_computes_the_chosen_normalizer_only(monkeypatch):
+    x, passed = images(), []
+    from sn_openmmlab.layers import switch_norm as module
+
+    monkeypatch.setattr(
+        module, 'switch_norm', lambda *a, own=module.switch_norm, **k: (passed.append(k), own(*a, **k))[1]
+    )
+    norms = (
+        lambda m: F.instance_norm(x, None, None, m.weight, m.bias),
+        lambda m: F.group_norm(x, 1, m.weight, m.bias),
+        lambda m: F.batch_norm(x, m.bn.running_mean, m.bn.running_var, m.weight, m.bias),
+    )
+    for k, norm in enumerate(norms):
+        layer = one_hot(k)
+        torch.testing.assert_close(layer(x), norm(layer), rtol=1e-10, atol=1e-10)
+        assert not passed  # torch's own
+        y = layer(x.to(memory_format=torch.channels_last))
+        torch.testing.assert_close(y, norm(layer), rtol=1e-10, atol=1e-10)
+        for shape in (0, 4, 7, 7), (1, 4, 1, 1), (3, 4):
+            assert layer(torch.ones(shape, dtype=torch.float64)).isfinite().all()
+        with pytest.raises(ValueError, match='has num_features=4, but the input'):
+            layer(x[:, :2])
+        passed, normalizers = [], [k['normalizers'] for k in passed]
+        assert normalizers == [(('in', 'ln', 'bn')[k],)][: k < 2]
+    layer = one_hot(2, 0)
+    expected = formula(layer, x, layer.mean_weight, layer.var_weight, layer.weight)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-10)
+    assert passed[-1]['normalizers'] == ('in', 'bn')
+    layer.train()(x)
+    assert passed[-1]['normalizers'] == ('in', 'ln', 'bn')
+
+
+def test_what_evaluation_computes_follows_modes_and_checkpoints():
+    layer, other = one_hot(2), one_hot(0)
+    state = other.state_dict()
+    layer.bn.train()
+    layer.load_state_dict(state)
+    assert torch.equal(layer(images()), other(images()))
+    assert layer.bn.training and not layer.training  # loading leaves modes alone
+    layer.mean_weight.data.copy_(one_hot(1).mean_weight)
+    assert torch.equal(layer.eval()(images()), make_like(layer)(images()))
+
+
+def make_like(layer):
+    other = one_hot(0)
+    other.load_state_dict(layer.state_dict())
+    return other
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_compile_fx_and_half_precision(training):
+    layer = make('circle').float().train(training)
+    layer.momentum = 0.0
+    x = images().float()
+    y = layer(x)
+    torch.testing.assert_close(torch.compile(layer, backend='eager', fullgraph=True)(x), y, rtol=1e-4, atol=1e-4)
+    assert torch.equal(torch.fx.symbolic_trace(nn.Sequential(layer))(x), y)
+    half = layer(x.bfloat16())  # the layer's own parameters stay float32, as under autocast
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), y, rtol=0.05, atol=0.05)
+    assert copy.deepcopy(layer).bfloat16()(x.bfloat16()).isfinite().all()
+    chosen = one_hot(2).float()
+    assert chosen(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_half_precision_still_knows_the_end():
+    layer = make('end').half()
+    assert layer.importance_ratios.tolist() == [[0, 1, 0], [0, 0, 1]]
+
+
+def synchronised():
+    layer = nn.SyncBatchNorm.convert_sync_batchnorm(make('circle', 'inside'))
+    xs = images(1), images(2)
+    y, whole = layer(xs[dist.get_rank()]), make('circle', 'inside')
+    expected = whole(torch.cat(xs)).chunk(2)[dist.get_rank()]
+    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(layer.bn.running_var, whole.bn.running_var, rtol=1e-10, atol=1e-10)
+
+
+def test_synchronised_statistics(two):
+    two(synchronised)
+
+
+def test_starting_values():
+    layer = MODELS.build(dict(type='SSN', num_features=4, init_ratios=(0.2, 0.3, 0.5)))
+    assert isinstance(layer, SparseSwitchNorm) and layer.radius == 0
+    torch.testing.assert_close(layer.importance_ratios, torch.tensor([[0.2, 0.3, 0.5]] * 2))
+    layer.radius.fill_(1.0)
+    layer.mean_weight.data.fill_(7)
+    layer.reset_parameters()
+    assert layer.radius == 0 and layer.importance_ratios[0, 2] == 0.5
+    torch.testing.assert_close(SparseSwitchNorm(4).importance_ratios, torch.full((2, 3), 1 / 3))
+    assert SparseSwitchNorm(4, normalizers=('in', 'ln'))(images().float()).shape == (3, 4, 5, 6)
+    assert SparseSwitchNorm(4, device='meta').eval().radius.is_meta
+
+
+def test_converted_models():
+    net = convert_switch_norm(nn.Sequential(nn.BatchNorm2d(4)), to='SSN', init_ratios=(0, 0, 1))
+    assert isinstance(net[0], SparseSwitchNorm)
+    x = images().float()
+    torch.testing.assert_close(net.eval()(x), nn.BatchNorm2d(4).eval()(x))
+    assert type(convert_switch_norm(net, to='BN')[0]) is nn.BatchNorm2d
+
+
+# -- checkpoints --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('strict', [True, False])
+def test_a_checkpoint_of_sn_gives_its_ratios(strict):
+    old, new, x = SwitchNorm(4, init_ratios=(0.2, 0.3, 0.5)), SparseSwitchNorm(4), images().float()
+    old.var_weight.data = torch.tensor([3.0, -2.0, 0.5])
+    new.radius.fill_(0.7)
+    new.load_state_dict(old.state_dict(), strict=strict)
+    torch.testing.assert_close(new.importance_ratios, old.importance_ratios)
+    torch.testing.assert_close(new(x), old(x))
+
+
+@pytest.mark.parametrize('point', ['circle', 'edge_of_the_circle', 'end'])
+def test_a_checkpoint_of_ssn_gives_sn_its_ratios(point):
+    old, new = nn.Sequential(make(point)), nn.Sequential(SwitchNorm(4).double())
+    new.load_state_dict(old.state_dict(), strict=True)
+    torch.testing.assert_close(new[0].importance_ratios, old[0].importance_ratios)
+    torch.testing.assert_close(new.eval()(images()), old.eval()(images()), rtol=1e-10, atol=1e-10)
+
+
+def test_checkpoints_of_ssn_and_batch_norm_load_strictly():
+    layer, other = make('edge'), SparseSwitchNorm(4).double()
+    other.load_state_dict(layer.state_dict(), strict=True)
+    assert all(torch.equal(v, layer.state_dict()[k]) for k, v in other.state_dict().items())
+    assert 'radius' in layer.state_dict()
+    bn = nn.BatchNorm2d(4)
+    bn(images().float())
+    new = SparseSwitchNorm(4, init_ratios=(0.2, 0.3, 0.5))
+    new.load_state_dict(bn.state_dict(), strict=True)
+    assert torch.equal(new.bn.running_mean, bn.running_mean) and new.importance_ratios[0, 2] == 0.5
+    with pytest.raises(RuntimeError, match='Missing key.*radius'):
+        nn.Sequential(SparseSwitchNorm(4)).load_state_dict({}, strict=True)
+
+
+# -- training -----------------------------------------------------------------------------------------------------
+
+
+class Net(BaseModel):
+    def __init__(self, frozen=False):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3), SparseSwitchNorm(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3), SparseSwitchNorm(4, init_ratios=(0.2, 0.3, 0.5))
+        self.fc = nn.Linear(4, 2)
+        if frozen:
+            self.bn2.requires_grad_(False)
+
+    def forward(self, x, label, mode):
+        x = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())).relu()
+        return dict(loss=F.cross_entropy(self.fc(x.mean((2, 3))), label))
+
+
+class Radii(Hook):
+    priority = 'LOWEST'
+
+    def __init__(self):
+        self.seen = []
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        self.seen.append(round(runner.model.bn1.radius.item(), 6))
+
+
+def train(folder, spy, frozen=False, resume=None, **options):
+    data = [(torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(i)), i % 2) for i in range(8)]
+    runner = Runner(
+        model=Net(frozen),
+        work_dir=str(folder),
+        train_dataloader=dict(
+            dataset=data, batch_size=4, sampler=dict(type='DefaultSampler', shuffle=False),
+            collate_fn=dict(type='default_collate'),
+        ),
+        train_cfg=dict(by_epoch=True, max_epochs=5),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
+        custom_hooks=[dict(type='SSNRadiusHook', **options), dict(type='EMAHook'), spy],
+        load_from=resume,
+        resume=resume is not None,
+        randomness=dict(seed=0),
+        log_level='WARNING',
+        default_scope='mmengine',
+        experiment_name=str(folder).replace('/', '_'),
+    )  # fmt: skip
+    runner.train()
+    return runner
+
+
+def test_a_training_ends_one_hot_and_can_be_resumed(tmp_path):
+    torch.manual_seed(0)
+    spy = Radii()
+    runner = train(tmp_path / 'a', spy, begin=0.2)  # of 10 iterations: from 2 to 8
+    assert spy.seen == [0, 0, 0] + [round(i / 6, 6) for i in range(1, 6)] + [1, 1]
+    for layer in runner.model.bn1, runner.model.bn2:
+        assert layer.importance_ratios.sort(1).values.tolist() == [[0, 0, 1]] * 2
+    saved = torch.load(tmp_path / 'a/epoch_5.pth', weights_only=False)
+    assert saved['state_dict']['bn1.radius'] == saved['ema_state_dict']['module.bn1.radius'] == 1
+    fresh = Net()
+    fresh.load_state_dict(torch.load(tmp_path / 'a/epoch_3.pth', weights_only=False)['state_dict'])
+    assert fresh.bn1.radius == torch.tensor(4 / 6)  # what iteration 6 takes
+
+    again = Radii()
+    resumed = train(tmp_path / 'b', again, begin=0.2, resume=str(tmp_path / 'a/epoch_3.pth'))
+    assert again.seen == spy.seen[6:]
+    assert all(torch.equal(v, resumed.model.state_dict()[k]) for k, v in runner.model.state_dict().items())
+
+
+def test_frozen_layers_keep_what_they_compute(tmp_path):
+    runner = train(tmp_path, Radii(), frozen=True, end=1.0)
+    assert runner.model.bn1.radius == 1 and runner.model.bn2.radius == 0
+    torch.testing.assert_close(runner.model.bn2.importance_ratios, torch.tensor([[0.2, 0.3, 0.5]] * 2))
+
+
+@pytest.mark.parametrize('begin, end', [(-0.1, 0.5), (0.5, 0.5), (0.0, 1.1)])
+def test_bad_arguments_of_the_hook(begin, end):
+    with pytest.raises(ValueError, match=rf'0 <= begin < end <= 1, got {begin}, {end}'):
+        SSNRadiusHook(begin, end)
+
+
+def test_a_model_without_layers_that_learn(tmp_path, monkeypatch):
+    monkeypatch.setattr(Net, 'init_weights', lambda net: [m.requires_grad_(False) for m in (net.bn1, net.bn2)])
+    with pytest.raises(ValueError, match="none of the model's 2 SSN layers learns its ratios.*type='SSN'"):
+        train(tmp_path, Radii())
