@@ -12,7 +12,7 @@ if importlib.util.find_spec('mmengine') is None:
 
 from . import bases, flops
 from .checkpoint import load_from_switchnorm  # noqa: F401  (registers switchnorm://)
-from .convert import convert_switch_norm
+from .convert import convert_switch_norm, fold_batch_norm
 from .layers import SwitchNorm, SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SyncSN
 from .ops import switch_norm
 from .swap import swap_norm
@@ -29,6 +29,7 @@ __all__ = [
     'SyncSN',
     '__version__',
     'convert_switch_norm',
+    'fold_batch_norm',
     'swap_norm',
     'switch_norm',
 ]

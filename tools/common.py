@@ -1,4 +1,4 @@
-"""What train.py and test.py share: their common options, reading the config, and starting mmengine's Runner."""
+"""What the tools share: common options, reading the config, files of the user's, and starting mmengine's Runner."""
 
 import argparse
 import importlib.util
@@ -67,6 +67,33 @@ def check_file(parser: argparse.ArgumentParser, what: str, path: str) -> None:
     """End with an error where ``path`` is no file; addresses such as https:// and torchvision:// pass."""
     if '://' not in path and not Path(path).is_file():
         parser.error(f'{what} {path!r} is no file (from {os.getcwd()})')
+
+
+def check_paths(parser: argparse.ArgumentParser, sources: list[str], dst: str, force: bool) -> None:
+    """End with an error where a checkpoint is not there, or a file is where one is to be written and would be lost."""
+    out = Path(dst)
+    for src in sources:
+        if '://' in src:
+            parser.error(f'checkpoint {src!r} is an address; download it, and give the file')
+        check_file(parser, 'checkpoint', src)
+        if out.exists() and out.samefile(src):
+            parser.error(f'{dst} is the checkpoint to read; give another name to write')
+    if not out.parent.is_dir():
+        parser.error(f'{str(out.parent)!r}, the folder to write {out.name!r} into, does not exist')
+    if out.is_dir():
+        parser.error(f'{dst!r} is a folder; give a file')
+    if out.exists() and not force:
+        parser.error(f'{dst!r} exists; --force replaces it')
+
+
+def save(content: object, path: str) -> None:
+    """Write a checkpoint under a temporary name beside ``path`` and rename it, so that ``path`` is never half one."""
+    part = Path(f'{path}.{os.getpid()}.part')
+    try:
+        torch.save(content, part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def run(cfg: Config, work: Callable[[Runner], object]) -> None:

@@ -5,11 +5,8 @@ given, for one whole segmentor. docs/checkpoints.md says what the models have to
 """
 
 import argparse
-import os
-from pathlib import Path
 
-import torch
-from common import check_file
+from common import check_paths, save
 
 from sn_openmmlab import __version__
 from sn_openmmlab.checkpoint import RULES, TARGETS, convert
@@ -48,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--force', action='store_true', help='replace DST if it exists')
     parser.add_argument('--verbose', action='store_true', help='list all keys')
     args = parser.parse_args(argv)
-    check_paths(parser, args)
+    check_paths(parser, args.src, args.dst, args.force)
     state_dict = {}
     for src in args.src:
         try:
@@ -73,33 +70,6 @@ def main(argv: list[str] | None = None) -> None:
         for new in report.missing:
             print(f'{new} missing')
     print(f'{args.dst}: {report}')
-
-
-def check_paths(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with an error where a file is not there, or is there and would be lost."""
-    dst = Path(args.dst)
-    for src in args.src:
-        if '://' in src:
-            parser.error(f'checkpoint {src!r} is an address; download it, and give the file')
-        check_file(parser, 'checkpoint', src)
-        if dst.exists() and dst.samefile(src):
-            parser.error(f'{args.dst} is the checkpoint to convert; give another name to write')
-    if not dst.parent.is_dir():
-        parser.error(f'{str(dst.parent)!r}, the folder of DST, does not exist')
-    if dst.is_dir():
-        parser.error(f'{args.dst!r} is a folder; give a file')
-    if dst.exists() and not args.force:
-        parser.error(f'{args.dst!r} exists; --force replaces it')
-
-
-def save(content: dict, path: str) -> None:
-    """Write a checkpoint under a temporary name beside ``path`` and rename it, so that ``path`` is never half one."""
-    part = Path(f'{path}.{os.getpid()}.part')
-    try:
-        torch.save(content, part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 if __name__ == '__main__':
