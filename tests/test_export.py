@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import shutil
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -181,8 +182,12 @@ def test_half_precision_is_exported_with_float32_moments(dtype):
 # -- whole networks ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('exporter', EXPORTERS)
-@pytest.mark.parametrize('make', [resnet18, fcn_r18_d8])
+@pytest.mark.parametrize('make, exporter', [
+    (resnet18, 'torchscript'),
+    (resnet18, 'torch.export'),
+    (fcn_r18_d8, 'torchscript'),
+    pytest.param(fcn_r18_d8, 'torch.export', marks=pytest.mark.slow),  # half a minute of one core
+])  # fmt: skip
 def test_networks_in_onnxruntime(make, exporter, tmp_path):
     model = scatter(make())
     layers = sum(isinstance(m, SwitchNorm) and 'auxiliary_head' not in name for name, m in model.named_modules())
@@ -354,16 +359,24 @@ model = dict(
 """
 
 
-@pytest.fixture
-def tool(monkeypatch, tmp_path):
-    """The tool's main, in a folder with configs and their checkpoints."""
-    monkeypatch.syspath_prepend(str(TOOLS))
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+    """A folder with configs and their checkpoints."""
+    folder = tmp_path_factory.mktemp('files')
     for name, text in ('seg', SEGMENTOR), ('det', f"DATA = 'data'\n{DETECTOR}"):
-        Path(f'{name}.py').write_text(text)
-        config = Config.fromfile(f'{name}.py')
+        (folder / f'{name}.py').write_text(text)
+        config = Config.fromfile(folder / f'{name}.py')
         init_default_scope(config.default_scope)
-        torch.save(dict(state_dict=randomized(MODELS.build(config.model)).state_dict()), f'{name}.pth')
+        torch.save(dict(state_dict=randomized(MODELS.build(config.model)).state_dict()), folder / f'{name}.pth')
+    return folder
+
+
+@pytest.fixture
+def tool(monkeypatch, tmp_path, files):
+    """The tool's main, in a copy of that folder."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+    shutil.copytree(files, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
     main = importlib.import_module('export').main
     return lambda *args: main([*args, '--shape', '64', '64'])
 
