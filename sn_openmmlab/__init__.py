@@ -13,7 +13,7 @@ if importlib.util.find_spec('mmengine') is None:
 from . import bases, flops
 from .analysis import read_ratios
 from .checkpoint import load_from_switchnorm  # noqa: F401  (registers switchnorm://)
-from .convert import convert_switch_norm
+from .convert import convert_switch_norm, fold_batch_norm
 from .hooks import SNBatchAverageHook, SNRatioHook, SSNRadiusHook, average_statistics
 from .layers import SparseSwitchNorm, SwitchNorm, SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SyncSN
 from .ops import switch_norm
@@ -36,6 +36,7 @@ __all__ = [
     '__version__',
     'average_statistics',
     'convert_switch_norm',
+    'fold_batch_norm',
     'read_ratios',
     'swap_norm',
     'switch_norm',

@@ -5,5 +5,9 @@ from mmengine.analysis.jit_handles import elementwise_flop_counter
 
 
 def register() -> None:
-    """Count a traced ``var_mean``, which SN takes its moments by, as mmengine counts the other norms: 5 an element."""
-    complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS.setdefault('aten::var_mean', elementwise_flop_counter(5))
+    """Count what SN takes its variances by as mmengine counts the other norms, 5 an element.
+
+    In a trace this is ``var_mean`` in training mode, and ``square`` in evaluation.
+    """
+    for operator in 'aten::var_mean', 'aten::square':
+        complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS.setdefault(operator, elementwise_flop_counter(5))

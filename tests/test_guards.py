@@ -247,8 +247,8 @@ def test_optimizer_rules_treat_sn_as_a_norm(constructor):
 # -- FLOPs ------------------------------------------------------------------------------------------------------------
 
 
-def flops(norm):
-    net = nn.Sequential(nn.Conv2d(3, 16, 3), norm).train()
+def flops(norm, training=True):
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), norm).train(training)
     return get_model_complexity_info(net, (3, 34, 34), show_table=False, show_arch=False)['flops']
 
 
@@ -258,6 +258,7 @@ def test_mmengines_flops_count_sn_as_the_other_norms():
     assert flops(nn.Identity()) == conv
     assert flops(nn.InstanceNorm2d(16, affine=True)) == conv + 5 * 16 * 32 * 32
     assert flops(SwitchNorm(16)) == conv + 5 * 16 * 32 * 32 + 2 * 5 * 16
+    assert flops(SwitchNorm(16), training=False) == conv + 5 * 16 * 32 * 32 + 5 * 16
     assert flops(SwitchNorm(16, normalizers=('in', 'ln'))) == conv + 5 * 16 * 32 * 32 + 5 * 16
 
 

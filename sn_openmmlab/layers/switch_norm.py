@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..ops import NORMALIZERS, switch_norm
+from ..ops.function import quiet_in_traces
 from .loading import explain_sizes, refuse_authors_names, softmax_of_sparsestmax, tell_of_batch_norm
 
 
@@ -147,6 +148,7 @@ class SwitchNorm(_InstanceNorm):
         group = getattr(self.bn, 'process_group', None) or dist.group.WORLD
         return group if dist.get_world_size(group) > 1 else None
 
+    @quiet_in_traces
     def _check_input_dim(self, x: Tensor) -> None:
         if x.dim() not in self._ranks:
             expected = ' or '.join(f'{rank}-D' for rank in self._ranks)
@@ -156,6 +158,12 @@ class SwitchNorm(_InstanceNorm):
                 f'{type(self).__name__} has num_features={self.num_features}, but the input of shape {tuple(x.shape)} '
                 f'has {x.shape[1]} channels (dimension 1)'
             )
+
+    def __prepare_scriptable__(self):
+        raise NotImplementedError(
+            f'{type(self).__name__} cannot be compiled by torch.jit.script; record it: '
+            'torch.jit.trace(model.eval(), example_input)'
+        )
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
         """Load this layer's own keys, or BatchNorm's, or the authors' flat ones of shape (1, C, 1, 1)."""

@@ -7,14 +7,17 @@ tensors are kept for backward.
 import functools
 import os
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from . import native
+from .graph import switch_norm_graph
 from .reference import NORMALIZERS, moments_dtype, switch_norm_reference
 
 _BACKENDS = ('reference', 'native', 'triton')
+_is_exporting = getattr(torch.compiler, 'is_exporting', bool)  # torch 2.7 or newer; the reference can be exported too
 
 
 def switch_norm(
@@ -83,6 +86,8 @@ def switch_norm(
     mean_bn, var_bn = (running_mean, running_var) if 'bn' in normalizers and not batch else (None, None)
 
     backend = _choose_backend(x)
+    if backend is None and not batch and (torch.jit.is_tracing() or _is_exporting()):
+        return switch_norm_graph(x, mean_weight, var_weight, weight, bias, mean_bn, var_bn, normalizers, eps)
     if backend is None and group is not None:
         raise RuntimeError(
             'the reference formula, which SN_BACKEND=reference, torch.compile, tracing and torch.func take, does not '
@@ -196,7 +201,7 @@ def _update(running_mean, running_var, num_batches_tracked, mean, var, count, mo
     else:
         seen, unbiased = min(count, 1), count / max(count - 1, 1)
     if num_batches_tracked is not None:
-        num_batches_tracked += seen if isinstance(seen, int) else seen.to(num_batches_tracked)
+        num_batches_tracked += seen.to(num_batches_tracked) if isinstance(seen, Tensor) else seen
     if momentum is None:
         momentum = 1 / num_batches_tracked.clamp(min=1).to(running_mean)
     weight = momentum * seen
@@ -258,6 +263,21 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=5)
 
 
+def quiet_in_traces(check: Callable) -> Callable:
+    """Decorate a check of shapes: TorchScript's tracer warns of what it does not record, and this it need not."""
+
+    @functools.wraps(check)
+    def wrapper(*args):
+        if not torch.jit.is_tracing():
+            return check(*args)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', torch.jit.TracerWarning)
+            return check(*args)
+
+    return wrapper
+
+
+@quiet_in_traces
 def _check(
     x, mean_weight, var_weight, weight, bias, running_mean, running_var, num_batches_tracked, momentum, normalizers
 ) -> None:
