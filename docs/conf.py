@@ -33,6 +33,7 @@ myst_heading_anchors = 4  # as GitHub names them
 napoleon_custom_sections = [('Shape', 'notes_style')]
 autodoc_typehints = 'none'  # the docstrings have them
 autodoc_member_order = 'bysource'
+toc_object_entries_show_parents = 'hide'
 
 # the pages in the order in which the side bar has them
 CONTENTS = """
