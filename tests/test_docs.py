@@ -61,7 +61,9 @@ DETECTOR = ROOT / 'configs/mmdet/sn/faster-rcnn_r50_fpn_sn-all_2x_coco.py'
 SEGMENTOR = ROOT / 'configs/mmseg/sn/fcn_r50-d8_sn_8xb2-100k_ade20k.py'
 SPEAKS_OF_SEGMENTORS = re.compile(r'\b(pretrained|decode_head|auxiliary_head)\b')
 
-KEYS = '_base_', 'custom_imports', 'sync_bn'  # of configs, that neither they nor Runner's arguments tell
+# top-level names of configs: what Config reads, what Runner takes, and what it looks for besides
+READ = re.findall(r"cfg\.get\('(\w+)'", inspect.getsource(Runner))
+KEYS = {'_base_', 'custom_imports', *inspect.signature(Runner).parameters, *READ}
 
 # files that pages speak of
 FILES = {
@@ -158,8 +160,7 @@ def check_config(code):
         exec(code, said)
         Path('base.py').write_text(f'_base_ = {said["_base_"]!r}')
         used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-        known = {*Config.fromfile('base.py'), *inspect.signature(Runner).parameters, *KEYS}
-        unknown = said.keys() - known - used - {'__builtins__'}
+        unknown = said.keys() - KEYS - Config.fromfile('base.py').keys() - used - {'__builtins__'}
         assert not unknown, f'neither the base nor mmengine knows {unknown}'
         for norm_cfg in norms(said):
             build_norm_layer({key: value for key, value in norm_cfg.items() if key != '_delete_'}, 32)
