@@ -173,15 +173,15 @@ def test_tables_say_how_many_seeds_and_how_far_they_spread():
 
     def cell(norm, seed, values, **changes):
         made = run.Cell('bccd', norm, 2, seed, task.LR, task.EPOCHS)
-        final = {name: {task.METRIC: value} for name, value in values.items()}
+        final = {name: {'coco/bbox_mAP': value, 'coco/bbox_mAP_50': value + 0.25} for name, value in values.items()}
         env = dict(device='CPU', torch='2', threads=2, date='d', commit='c')
         return {**vars(made), 'final': final, 'seconds': 60, 'iterations': 100, 'environments': [env], **changes}
 
     results = [
+        cell('BN', 0, {}, final=dict(diverged='loss nan in iteration 7')),
+        cell('GN', 0, {'moving average': 0.25}),
         cell('SN', 0, {'moving average': 0.5, 'batch average': 0.6}),
         cell('SN', 1, {'moving average': 0.3, 'batch average': 0.4}),
-        cell('GN', 0, {'moving average': 0.25}),
-        cell('BN', 0, {}, final=dict(diverged='loss nan in iteration 7')),
         cell('BN', 0, {'moving average': 0.125}, lr=task.LR / 2, epochs=3),
     ]
     rows = [
@@ -189,8 +189,9 @@ def test_tables_say_how_many_seeds_and_how_far_they_spread():
         for line in report.tables('bccd', results).splitlines()
         if '|' in line
     ]
-    main = {row[0]: row for row in rows[2:5]}
-    assert main['SN'][1:5] == ['2', '2', '0.4 ± 0.141 (0.3 to 0.5)', '0.5 ± 0.141 (0.4 to 0.6)']
-    assert main['GN'][1:5] == ['2', '1', '0.25', '']
-    assert main['BN'][1:5] == ['2', '1', 'diverged', '']
-    assert rows[7][:6] == ['BN', '2', f'{task.LR / 2:g}', '3', '', '0'] and rows[7][6] == '0.125'
+    assert rows[2][1:6] == ['2', '1', 'box AP', 'diverged', '']
+    assert rows[4][1:6] == ['2', '1', 'box AP', '0.25', '']
+    assert rows[6][1:6] == ['2', '2', 'box AP', '0.4 ± 0.141 (0.3 to 0.5)', '0.5 ± 0.141 (0.4 to 0.6)']
+    assert rows[7][1:6] == ['', '', 'box AP50', '0.65 ± 0.141 (0.55 to 0.75)', '0.75 ± 0.141 (0.65 to 0.85)']
+    assert [row[0] for row in rows[2:8]] == ['BN', '', 'GN', '', 'SN', '']
+    assert rows[10][:6] == ['BN', '2', f'{task.LR / 2:g}', '3', '', '0'] and rows[10][6] == '0.125'

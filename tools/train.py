@@ -10,9 +10,9 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
-from mmengine.utils.dl_utils.misc import is_norm
 
 from sn_openmmlab import SwitchNorm
+from sn_openmmlab.skeleton import is_norm
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -90,7 +90,7 @@ def other_norms(runner: Runner) -> dict[str, Counter]:
     others = defaultdict(Counter)
     for name, m in model.named_modules():
         kind = type(m).__name__
-        if id(m) in own or not (is_norm(m) or kind == 'SyncBatchNorm'):  # mmcv's SyncBatchNorm is none to is_norm
+        if id(m) in own or not is_norm(m):
             continue
         part, config = [], runner.cfg.model
         for key in name.split('.'):

@@ -55,24 +55,29 @@ def tables(name: str, results: list[dict]) -> str:
         kinds = kinds or ['moving average']
         text += [
             '',
-            f'{task.EPOCHS} epochs, learning rate {task.LR:g} for 2 images a step. {task.LABEL} after the last ',
+            f'{task.EPOCHS} epochs, learning rate {task.LR:g} for 2 images a step; after the last epoch; mean ± '
+            'standard deviation (lowest to highest) of the seeds.',
+            '',
+            f'| norm | images per step | seeds | metric | {" | ".join(kinds)} | seconds per iteration |',
+            '| :--- | ---: | ---: | :--- |' + ' ---: |' * (len(kinds) + 1),
         ]
-        text[-1] += 'epoch: mean ± standard deviation (lowest to highest) of the seeds.'
-        text += ['', '| norm | images per step | seeds | ' + ' | '.join(kinds) + ' | seconds per iteration |']
-        text += ['| :--- | ---: | ---: |' + ' ---: |' * (len(kinds) + 1)]
         for (norm, images), cells in groups.items():
-            values = [_spread([_value(r, kind, task.METRIC) for r in cells]) for kind in kinds]
-            if all('diverged' in r['final'] for r in cells):
-                values[0] = 'diverged'
             seconds = sum(r['seconds'] for r in cells) / max(1, sum(r['iterations'] for r in cells))
-            text.append('| ' + ' | '.join([norm, str(images), str(len(cells)), *values, f'{seconds:.2f}']) + ' |')
+            head, tail = [norm, str(images), str(len(cells))], f'{seconds:.2f}'
+            for metric, label in task.METRICS.items():
+                values = [_spread([_value(r, kind, metric) for r in cells]) for kind in kinds]
+                if all('diverged' in r['final'] for r in cells):
+                    values[0] = 'diverged'
+                text.append('| ' + ' | '.join([*head, label, *values, tail]) + ' |')
+                head, tail = [''] * 3, ''
     others = [r for r in results if not is_main(r)]
     if others:
-        text += ['', f'Learning rates and variants, {task.LABEL} after the last epoch:', '']
-        text += [f'| norm | images per step | learning rate | epochs | changed | seed | {task.LABEL} |']
+        metric, label = next(iter(task.METRICS.items()))
+        text += ['', f'Learning rates and variants, {label} after the last epoch:', '']
+        text += [f'| norm | images per step | learning rate | epochs | changed | seed | {label} |']
         text += ['| :--- | ---: | ---: | ---: | :--- | ---: | ---: |']
         for r in others:
-            value = _spread([_value(r, 'moving average', task.METRIC)]) or 'diverged'
+            value = _spread([_value(r, 'moving average', metric)]) or 'diverged'
             row = [r['norm'], str(r['images']), f'{r["lr"]:g}', str(r['epochs']), r['variant'], str(r['seed']), value]
             text.append('| ' + ' | '.join(row) + ' |')
     return '\n'.join(text)
@@ -116,11 +121,11 @@ def plot(name: str, results: list[dict], path: Path) -> None:
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
 
-    task = load_task(name)
+    metric, label = next(iter(load_task(name).METRICS.items()))
     figure, axes = plt.subplots(figsize=(6, 4), layout='constrained')
     for i, norm in enumerate(NORMS):
         curves = [
-            {row['epoch']: row['metrics'].get(task.METRIC, 0.0) for row in r['curve'] if 'metrics' in row}
+            {row['epoch']: row['metrics'].get(metric, 0.0) for row in r['curve'] if 'metrics' in row}
             for r in results
             if r['norm'] == norm
         ]
@@ -132,7 +137,7 @@ def plot(name: str, results: list[dict], path: Path) -> None:
         seeds = f'{len(curves)} seed{"s" if len(curves) > 1 else ""}'
         axes.plot(*zip(*mean.items()), color=f'C{i}', linewidth=2, label=f'{norm} ({seeds})')
     axes.set_xlabel('epoch')
-    axes.set_ylabel(task.LABEL)
+    axes.set_ylabel(label)
     axes.set_title(f'{name.upper()}, 2 images a step', fontsize=10)
     axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)

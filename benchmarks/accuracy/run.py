@@ -7,8 +7,7 @@ it goes on from the last whole epoch, and ends as if it had not been stopped (te
 
 A task is a module beside this one with
 
-    METRIC   name of the compared metric, as mmengine logs it
-    LABEL    what tables call it
+    METRICS  the compared metrics, named as mmengine logs them, and what tables call them; the first is plotted
     EPOCHS   length of a training
     LR       learning rate at 2 images a step, one for all norms
     config(norm_cfg, images, lr, epochs)   mmengine Config: model, data, evaluator, optimizer and schedule, by epochs
@@ -86,6 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error('--images, --epochs and --lr must be above 0, and --seed at least 0')
     task = load_task(args.task)
     lr, epochs = args.lr or task.LR * args.images / 2, args.epochs or task.EPOCHS
+    read_checkpoints_as_data()
     for seed, norm in itertools.product(args.seed, args.norm):
         cell = Cell(args.task, norm, args.images, seed, lr, epochs, args.variant, args.cfg_options)
         result = run_cell(cell)
@@ -100,7 +100,7 @@ def load_task(name: str):
 def cell_config(cell: Cell, work_dir: Path) -> Config:
     """The task's config and what is the same for all tasks."""
     cfg = load_task(cell.task).config(dict(NORMS[cell.norm]), cell.images, cell.lr, cell.epochs)
-    interval = max(1, cell.epochs // 6)
+    interval = -(-cell.epochs // 4)
     cfg.merge_from_dict(
         dict(
             work_dir=str(work_dir / cell.name),
@@ -134,7 +134,6 @@ def run_cell(cell: Cell, work_dir: Path = WORK_DIR, results: Path = RESULTS) -> 
                 return found
             state = found
     state['environments'].append(environment(torch.device('cuda' if torch.cuda.is_available() else 'cpu')))
-    read_checkpoints_as_data()
     runner = Runner.from_cfg(cfg)
     runner.register_hook(Record(state, Path(cfg.work_dir), cell.seed))
     try:
