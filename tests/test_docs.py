@@ -65,7 +65,7 @@ SPEAKS_OF_SEGMENTORS = re.compile(r'\b(pretrained|decode_head|auxiliary_head)\b'
 READ = re.findall(r"cfg\.get\('(\w+)'", inspect.getsource(Runner))
 KEYS = {'_base_', 'custom_imports', *inspect.signature(Runner).parameters, *READ}
 
-# files that pages speak of
+# files that pages speak of, or of whose folder they do
 FILES = {
     'my_config.py': lambda: "_base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'\n",
     'resnet50.pth': lambda: MODELS.build(dict(type='mmdet.ResNet', depth=50, base_channels=8)).state_dict(),
@@ -73,6 +73,7 @@ FILES = {
     'encoder_epoch_20.pth': lambda: ResNet(depth=18, deep_stem=True, fc=False).state_dict(),
     'decoder_epoch_20.pth': lambda: C1(512, classes=150).state_dict(),
     'model_step180000.pth': lambda: dict(model=MaskRCNN(classes=3).half().state_dict()),
+    'work_dirs/faster-rcnn_sn/epoch_12.pth': lambda: {'backbone.bn1.mean_weight': torch.tensor([1.0, 2.0, 3.0])},
 }
 
 
@@ -83,9 +84,11 @@ def stage(tmp_path, monkeypatch, page):
         if path.name in ('benchmarks', 'configs', 'requirements', 'sn_openmmlab', 'tools', 'setup.py'):
             (tmp_path / path.name).symlink_to(path)
     for name, make in FILES.items():
-        if re.search(rf'(?<!\w){re.escape(name)}', page.read_text()):
-            content = make()
-            (tmp_path / name).write_text(content) if name.endswith('.py') else torch.save(content, tmp_path / name)
+        spoken = os.path.dirname(name) or name
+        if re.search(rf'(?<!\w){re.escape(spoken)}', page.read_text()):
+            path, content = tmp_path / name, make()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content) if isinstance(content, str) else torch.save(content, path)
     (tmp_path / '.bin').mkdir()
     for name in NOTED:
         (tmp_path / '.bin' / name).write_text(NOTE)
