@@ -1,4 +1,4 @@
-# make setup | test | test-all | demo | lint | bench; everything is installed in .venv, by `make setup`, once
+# make setup | test | test-all | demo | lint | bench | docs; everything is installed in .venv, by `make setup`, once
 
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 # the constraints keep every pip call from bringing in another torch
 INSTALL := $(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt
 
-.PHONY: setup test test-all demo lint bench
+.PHONY: setup test test-all demo lint bench docs
 
 setup: $(STAMP)
 
@@ -16,6 +16,7 @@ $(STAMP): $(wildcard requirements/*.txt) setup.py pyproject.toml
 	$(INSTALL) torch
 	$(INSTALL) --requirement requirements/build.txt
 	$(INSTALL) --no-build-isolation --requirement requirements/onedl.txt --requirement requirements/dev.txt
+	$(INSTALL) --requirement requirements/docs.txt
 # two packages own cv2; the last one installed stays, and only the headless one works without libGL
 	$(INSTALL) --force-reinstall --no-deps opencv-python-headless
 	$(INSTALL) --no-build-isolation --no-deps --editable .
@@ -40,3 +41,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.bench_switch_norm --dtype bfloat16 --no-compiled --seconds 5
 	$(BIN)/python -m benchmarks.bench_models
 	$(BIN)/python -m benchmarks.report
+
+docs: setup
+	$(BIN)/python -m sphinx --fresh-env --write-all --fail-on-warning --keep-going --quiet -c docs -d build/doctrees . build/site
+	@echo build/site/index.html

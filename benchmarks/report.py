@@ -36,7 +36,7 @@ def layer_tables(result: dict) -> str:
     shapes = list(dict.fromkeys(tuple(row['shape']) for row in result['rows']))
     providers = list(dict.fromkeys(row['provider'] for row in result['rows']))
     cells = {(tuple(r['shape']), r['provider'], r['phase']): r for r in result['rows']}
-    text = [f'### {result["dtype"]}, {result["layout"].replace("_", " ")}, {result["device"]}', '', _conditions(result)]
+    text = [f'## {result["dtype"]}, {result["layout"].replace("_", " ")}, {result["device"]}', '', _conditions(result)]
     for phase, title in zip(PHASES, ('Forward', 'Backward', 'Forward and backward', 'Evaluation')):
         text += ['', f'{title}: ratio of medians to BatchNorm (BatchNorm itself in ms)', '']
         text += ['| shape | ' + ' | '.join(providers) + ' |', '| :--- |' + ' ---: |' * len(providers)]
@@ -81,7 +81,7 @@ def _of(result: dict, provider: str, phase: str) -> list[float]:
 
 def model_table(result: dict) -> str:
     """Seconds a training step, ratio to BN, peak memory."""
-    text = [f'### Training steps, {result["device"]}', '', _conditions(result), '']
+    text = [f'## Training steps, {result["device"]}', '', _conditions(result), '']
     text += ['| model | images | norm | step (s), 20 to 80 % | ratio to BN | peak memory (MiB) |']
     text += ['| :--- | :--- | :--- | ---: | ---: | ---: |']
     for r in result['rows']:

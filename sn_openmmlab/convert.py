@@ -52,10 +52,10 @@ def convert_switch_norm(model: nn.Module, to: str = 'SN', init_ratios=None, inpl
         >>> from sn_openmmlab import convert_switch_norm
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
         >>> model = convert_switch_norm(model, init_ratios=(0, 0, 1))  # the same function, with BN's statistics
-        >>> model[1]
-        SwitchNorm(8, eps=1e-05, momentum=0.1, affine=True, normalizers=('in', 'ln', 'bn'), init_ratios=(0, 0, 1))
-        >>> convert_switch_norm(model, to='BN')[1]
-        BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+        >>> type(model[1])
+        <class 'sn_openmmlab.layers.switch_norm.SwitchNorm'>
+        >>> type(convert_switch_norm(model, to='BN')[1])
+        <class 'torch.nn.modules.batchnorm.BatchNorm2d'>
     """
     if to not in ('SN', 'SyncSN', 'SSN', 'BN'):
         raise ValueError(f"to must be 'SN', 'SyncSN', 'SSN' or 'BN', got {to!r}")

@@ -46,7 +46,7 @@ def is_main(result: dict) -> bool:
 def tables(name: str, results: list[dict]) -> str:
     """The comparison, by norm and images per step; and all other cells: learning rates and variants."""
     task = load_task(name)
-    text = [f'### {task.__doc__.splitlines()[0]}', '', _conditions(results)]
+    text = [f'## {task.__doc__.splitlines()[0]}', '', _conditions(results)]
     groups = {}
     for result in filter(is_main, results):
         groups.setdefault((result['norm'], result['images']), []).append(result)

@@ -115,7 +115,7 @@ class SwitchNorm(_InstanceNorm):
 
     @property
     def importance_ratios(self) -> Tensor:
-        """Current importance ratios (2, K): those of the means, then those of the variances; a detached copy."""
+        """Current importance ratios (2, K), those of the means and then those of the variances; a detached copy."""
         return torch.stack([self.mean_weight.detach(), self.var_weight.detach()]).float().softmax(1)
 
     def reset_parameters(self) -> None:
