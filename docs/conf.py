@@ -52,6 +52,10 @@ docs/troubleshooting
 Finetuning <docs/finetuning>
 Swapping norms <docs/swapping>
 docs/checkpoints
+Importance ratios <docs/ratios>
+Batch average <docs/batch_average>
+Sparse choice <docs/sparse>
+Export <docs/export>
 docs/datasets
 ```
 

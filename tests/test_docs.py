@@ -43,6 +43,7 @@ from mmengine.utils import get_installed_path
 from torch import nn
 
 import sn_openmmlab
+from sn_openmmlab import SwitchNorm
 from sn_openmmlab.skeleton import build, scope_of
 
 ROOT = Path(__file__).parents[1]
@@ -73,7 +74,9 @@ FILES = {
     'encoder_epoch_20.pth': lambda: ResNet(depth=18, deep_stem=True, fc=False).state_dict(),
     'decoder_epoch_20.pth': lambda: C1(512, classes=150).state_dict(),
     'model_step180000.pth': lambda: dict(model=MaskRCNN(classes=3).half().state_dict()),
-    'work_dirs/faster-rcnn_sn/epoch_12.pth': lambda: {'backbone.bn1.mean_weight': torch.tensor([1.0, 2.0, 3.0])},
+    'work_dirs/demo/last_checkpoint': lambda: 'epoch_5.pth',
+    'work_dirs/demo/epoch_5.pth': lambda: nn.ModuleDict(dict(backbone=SwitchNorm(4))).state_dict(),
+    'work_dirs/faster-rcnn_sn/epoch_12.pth': lambda: nn.ModuleDict(dict(backbone=SwitchNorm(4))).state_dict(),
 }
 
 
