@@ -75,9 +75,13 @@ FILES = {
     'decoder_epoch_20.pth': lambda: C1(512, classes=150).state_dict(),
     'model_step180000.pth': lambda: dict(model=MaskRCNN(classes=3).half().state_dict()),
     'work_dirs/demo/last_checkpoint': lambda: 'epoch_5.pth',
-    'work_dirs/demo/epoch_5.pth': lambda: nn.ModuleDict(dict(backbone=SwitchNorm(4))).state_dict(),
-    'work_dirs/faster-rcnn_sn/epoch_12.pth': lambda: nn.ModuleDict(dict(backbone=SwitchNorm(4))).state_dict(),
+    'work_dirs/demo/epoch_5.pth': lambda: checkpoint(),
+    'work_dirs/faster-rcnn_sn/epoch_12.pth': lambda: checkpoint(),
 }
+
+
+def checkpoint():
+    return {f'backbone.bn1.{name}': value for name, value in SwitchNorm(4).state_dict().items()}
 
 
 @pytest.fixture

@@ -107,7 +107,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         parser.error(f'ONNX needs {" and ".join(missing)}: pip install {" ".join(missing)}')
-    check_paths(parser, [args.checkpoint], args.out, args.force)
+    check_paths(parser, [args.checkpoint], str(args.out), args.force)
     return parser, args
 
 
