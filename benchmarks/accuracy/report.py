@@ -13,7 +13,8 @@ from benchmarks.accuracy.run import NORMS, RESULTS, TASKS, load_task
 from benchmarks.report import rewrite
 
 README = Path(__file__).parent / 'README.md'
-PLOTS = Path(__file__).resolve().parents[2] / 'docs/images'
+HOME = Path(__file__).resolve().parents[2] / 'README.md'
+PLOTS = HOME.parent / 'docs/images'
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -23,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     by_task = {task: load(task) for task in TASKS}
     parts = [tables(task, results) for task, results in by_task.items() if results]
-    rewrite({(README, 'tables'): parts or ['No cell has been trained yet.']}, args.check)
+    rewrite({(README, 'tables'): parts, (HOME, 'accuracy'): [summary(by_task)]}, args.check)
     if not args.check:
         for task, results in by_task.items():
             plot(task, results, PLOTS / f'accuracy_{task}.png')
@@ -80,6 +81,24 @@ def tables(name: str, results: list[dict]) -> str:
             value = _spread([_value(r, 'moving average', metric)]) or 'diverged'
             row = [r['norm'], str(r['images']), f'{r["lr"]:g}', str(r['epochs']), r['variant'], str(r['seed']), value]
             text.append('| ' + ' | '.join(row) + ' |')
+    return '\n'.join(text)
+
+
+def summary(by_task: dict[str, list[dict]]) -> str:
+    """The comparison at 2 images per step, evaluated with the moving average: a row a norm, a column a task."""
+    by_task = {name: [r for r in results if r['images'] == 2 and is_main(r)] for name, results in by_task.items()}
+    heads = [f'{name.upper()}, {next(iter(load_task(name).METRICS.values()))}' for name in by_task]
+    text = [f'| norm | {" | ".join(heads)} |', '| :--- |' + ' ---: |' * len(heads)]
+    trained = {r['norm'] for results in by_task.values() for r in results}
+    for norm in filter(trained.__contains__, NORMS):
+        row = [norm]
+        for name, results in by_task.items():
+            cells = [r for r in results if r['norm'] == norm]
+            metric = next(iter(load_task(name).METRICS))
+            seeds = f' ({len(cells)} seed{"s" if len(cells) > 1 else ""})'
+            values = [_value(r, 'moving average', metric) for r in cells]
+            row.append((_spread(values) or 'diverged') + seeds if cells else 'not trained yet')
+        text.append(f'| {" | ".join(row)} |')
     return '\n'.join(text)
 
 

@@ -1,7 +1,7 @@
 """Evaluation written for graphs: what ONNX, torch.export and TorchScript runtimes execute, operation by operation.
 
-The same function as :mod:`.reference`, which those runtimes would take 2 to 8 times as long for: here four operations
-over the maps find their moments and two apply the rest, all of which is of size (N, C) or constant.
+The same function as :mod:`.reference`, in fewer operations than exporters make of that: four over the maps find their
+moments and two apply the rest, all of which is of size (N, C) or constant.
 """
 
 from torch import Tensor
