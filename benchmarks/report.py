@@ -122,18 +122,17 @@ def sweep_table(records: list[dict]) -> str:
     text = ['| configs | ' + ' | '.join([*libraries, 'all']) + ' |', '| :--- |' + ' ---: |' * (len(libraries) + 1)]
     for status, row in numbers.items():
         text.append('| ' + ' | '.join([STATUSES[status], *map(str, row), str(sum(row))]) + ' |')
-    swapped, failed, own = (
-        sum(sum(numbers[status]) for status in statuses)
-        for statuses in (('fully', 'partly'), ('failed',), ('own norms only',))
-    )
-    lost = sum(record.get('has norms', False) for record in records)
+    fully, partly, own, _, unbuildable, unreadable, failed = (sum(row) for row in numbers.values())
+    after = fully + partly + own
+    before, unbuilt = after + failed, unbuildable + unreadable
     seconds = sum(record['seconds'] for record in records)
     versions = ', '.join(f'{name} {version}' for name, version in head.items() if name != 'date')
     text += [
         '',
-        f'{swapped + own + failed} configs build and have a BN, SyncBN, GN or IN; {swapped} of them are swapped, '
-        f'{failed} do not build after it, and {own} have no norm that a config reaches. '
-        f'Another {lost} configs name such a norm and do not build before the swap either. '
+        f'{before} configs build and have a BN, SyncBN, GN or IN. {after} of them ({after / before:.1%}) build after '
+        f'the swap; if the {unbuilt} that do not even build before it were all counted as having such a norm, this '
+        f'would be {after / (before + unbuilt):.1%}. In {fully} ({fully / before:.1%}) no such norm is left, in {partly} '
+        f'only norms that a class makes by itself, and {own} have no others. '
         'The models are built without language models, trackers and trained teachers. '
         f'{seconds / 60:.0f} minutes of work in one process, {head["date"]}; {versions}.',
     ]
