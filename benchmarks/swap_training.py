@@ -23,11 +23,14 @@ from pathlib import Path
 
 import mmdet
 import mmseg
+import numpy as np
 import torch
+from mmdet.structures import ReIDDataSample
 from mmdet.testing import demo_mm_inputs, demo_track_inputs
 from mmengine.config import Config
+from mmengine.logging import MessageHub
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.structures import PixelData
+from mmengine.structures import InstanceData, PixelData
 from mmengine.utils import get_installed_path
 from mmseg.structures import SegDataSample
 from rich.progress import track
@@ -109,6 +112,8 @@ def train_step(cfg: Config) -> str:
     shrink(cfg.model)
     torch.manual_seed(0)
     init_default_scope(cfg.default_scope)
+    for counter in 'epoch', 'iter':  # what the runner tells
+        MessageHub.get_current_instance().update_info(counter, 0)
     model = MODELS.build(cfg.model)
     model.init_weights()
     for module in model.modules():
@@ -141,7 +146,7 @@ def train_step(cfg: Config) -> str:
 
 
 def shrink(node) -> None:
-    """No checkpoints, no padding to the training size, few proposals."""
+    """No checkpoints, no trackers, no padding to the training size, few proposals."""
     if isinstance(node, (list, tuple)):
         for item in node:
             shrink(item)
@@ -152,7 +157,7 @@ def shrink(node) -> None:
     for key, value in node.items():
         if key == 'pretrained' or key == 'init_cfg' and 'Pretrained' in str(value):
             node[key] = None
-        elif key == 'batch_augments':
+        elif key in ('batch_augments', 'tracker'):
             node[key] = None
         elif key == 'sampler' and 'num' in value:
             value.num = 16
@@ -162,7 +167,7 @@ def shrink(node) -> None:
 
 
 def inputs(cfg: Config) -> dict:
-    """Two small images, or clips of two, with what detectors, trackers and segmentors learn from."""
+    """A few small images, or clips of two, with what models of their kind learn from."""
     if cfg.default_scope == 'mmseg':
         samples = [SegDataSample(metainfo=dict(img_shape=(128, 128), ori_shape=(128, 128))) for _ in range(2)]
         for sample in samples:
@@ -171,9 +176,23 @@ def inputs(cfg: Config) -> dict:
         images = [torch.randint(0, 256, (3, 128, 128), dtype=torch.uint8) for _ in samples]
         return dict(inputs=images, data_samples=samples)
     sizes = [[3, 96, 128], [3, 128, 96]]
-    if 'Track' in str(cfg.model.get('data_preprocessor', {}).get('type')):
+    preprocessor = cfg.model.get('data_preprocessor', {})
+    kind = str(preprocessor.get('type'))
+    if 'Track' in kind and not preprocessor.get('use_det_processor'):
         return demo_track_inputs(2, 2, [0], sizes, num_items=[2, 3], num_classes=2, with_mask=True)
-    return demo_mm_inputs(2, sizes, num_items=[2, 3], num_classes=2, with_mask=True, with_semantic=True)
+    if 'ReID' in kind:  # two images of each of two persons
+        samples = [ReIDDataSample().set_gt_label(i // 2) for i in range(4)]
+        return dict(inputs=[torch.rand(3, 128, 64) for _ in samples], data_samples=samples)
+    data = demo_mm_inputs(2, sizes, num_items=[2, 3], num_classes=2, with_mask=True, with_semantic=True)
+    for sample in data['data_samples']:
+        objects = sample.gt_instances
+        objects.labels.zero_()  # which every detector knows
+        sample.proposals = InstanceData(bboxes=objects.bboxes.clone(), scores=torch.ones(len(objects)))
+        sample.set_metainfo(dict(homography_matrix=np.eye(3, dtype=np.float32)))
+    if 'MultiBranch' in kind:  # semi-supervised
+        branches = 'sup', 'unsup_teacher', 'unsup_student'
+        return {key: {branch: copy.deepcopy(value) for branch in branches} for key, value in data.items()}
+    return data
 
 
 if __name__ == '__main__':
