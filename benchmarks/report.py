@@ -165,15 +165,16 @@ def sweep_reasons(records: list[dict]) -> str:
     return '\n'.join(text)
 
 
-def training_table(records: list[dict]) -> str:
+def training_table(records: list[dict], sweep: list[dict]) -> str:
     """How many families train for a step with SN, and what was said in the others."""
     head, *records = records
+    families = {r['config'].partition('/')[0] for r in sweep[1:] if 'changed' in r}
     failed = sorted((r for r in records if r['sn']), key=lambda r: (bool(r['as shipped']), r['config']))
     alone = sum(not r['as shipped'] for r in failed)
     versions = ', '.join(f'{name} {version}' for name, version in head.items() if name != 'date')
     text = [
-        f'{len(records) - len(failed)} of {len(records)} families train with SN; {len(failed) - alone} fail with SN '
-        f'and as shipped, {alone} with SN only. {head["date"]}; {versions}.',
+        f'{len(records)} of {len(families)} families tried: {len(records) - len(failed)} train with SN, '
+        f'{len(failed) - alone} fail with SN and as shipped, {alone} with SN only. {head["date"]}; {versions}.',
         '',
         '| config | with SN | as shipped |',
         '| :--- | :--- | :--- |',
@@ -240,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
         (SWAPPING, 'sweep'): [sweep_table(sweep)],
         (SWAPPING, 'owners'): [sweep_owners(sweep)],
         (SWAPPING, 'reasons'): [sweep_reasons(sweep)],
-        (SWAPPING, 'training'): [training_table(training)],
+        (SWAPPING, 'training'): [training_table(training, sweep)],
     }
     rewrite(tables, args.check)
     if args.check:

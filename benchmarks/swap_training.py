@@ -121,6 +121,8 @@ def train_step(cfg: Config) -> str:
             nn.init.kaiming_uniform_(module.weight)
     model.train()
     layers = {name: m for name, m in model.named_modules() if isinstance(m, SwitchNorm)}
+    # a mean teacher has no gradients, but statistics of its own
+    layers = {name: m for name, m in layers.items() if not name.startswith('teacher.')}
     before = {name: m.bn.running_mean.clone() for name, m in layers.items()}
 
     # train_step in its parts, which would clear the gradients
