@@ -159,8 +159,10 @@ def shrink(node) -> None:
     for key, value in node.items():
         if key == 'pretrained' or key == 'init_cfg' and 'Pretrained' in str(value):
             node[key] = None
-        elif key in ('batch_augments', 'tracker'):
+        elif key in ('batch_augments', 'teacher_ckpt', 'tracker'):
             node[key] = None
+        elif key == 'num_cp':  # activation checkpointing by fairscale
+            node[key] = 0
         elif key == 'sampler' and 'num' in value:
             value.num = 16
         elif key == 'data_preprocessor' and 'size' in value:
@@ -184,7 +186,7 @@ def inputs(cfg: Config) -> dict:
         return demo_track_inputs(2, 2, [0], sizes, num_items=[2, 3], num_classes=2, with_mask=True)
     if 'ReID' in kind:  # two images of each of two persons
         samples = [ReIDDataSample().set_gt_label(i // 2) for i in range(4)]
-        return dict(inputs=[torch.rand(3, 128, 64) for _ in samples], data_samples=samples)
+        return dict(inputs=[torch.rand(3, 256, 128) for _ in samples], data_samples=samples)
     data = demo_mm_inputs(2, sizes, num_items=[2, 3], num_classes=2, with_mask=True, with_semantic=True)
     for sample in data['data_samples']:
         objects = sample.gt_instances
