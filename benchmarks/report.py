@@ -122,18 +122,17 @@ def sweep_table(records: list[dict]) -> str:
     text = ['| configs | ' + ' | '.join([*libraries, 'all']) + ' |', '| :--- |' + ' ---: |' * (len(libraries) + 1)]
     for status, row in numbers.items():
         text.append('| ' + ' | '.join([STATUSES[status], *map(str, row), str(sum(row))]) + ' |')
-    swapped, failed, own = (
-        sum(sum(numbers[status]) for status in statuses)
-        for statuses in (('fully', 'partly'), ('failed',), ('own norms only',))
-    )
-    lost = sum(record.get('has norms', False) for record in records)
+    fully, partly, own, _, unbuildable, unreadable, failed = (sum(row) for row in numbers.values())
+    after = fully + partly + own
+    before, unbuilt = after + failed, unbuildable + unreadable
     seconds = sum(record['seconds'] for record in records)
     versions = ', '.join(f'{name} {version}' for name, version in head.items() if name != 'date')
     text += [
         '',
-        f'{swapped + own + failed} configs build and have a BN, SyncBN, GN or IN; {swapped} of them are swapped, '
-        f'{failed} do not build after it, and {own} have no norm that a config reaches. '
-        f'Another {lost} configs name such a norm and do not build before the swap either. '
+        f'{before} configs build and have a BN, SyncBN, GN or IN. {after} of them ({after / before:.1%}) build after '
+        f'the swap; if the {unbuilt} that do not even build before it were all counted as having such a norm, this '
+        f'would be {after / (before + unbuilt):.1%}. In {fully} ({fully / before:.1%}) no such norm is left, in '
+        f'{partly} only norms that a class makes by itself, and {own} have no others. '
         'The models are built without language models, trackers and trained teachers. '
         f'{seconds / 60:.0f} minutes of work in one process, {head["date"]}; {versions}.',
     ]
@@ -163,6 +162,26 @@ def sweep_reasons(records: list[dict]) -> str:
     rows = sorted(found.items(), key=lambda item: -len(item[1]))
     text = ['| configs | reason | which |', '| ---: | :--- | :--- |']
     text += [f'| {len(names)} | {reason.replace("|", "/")} | {", ".join(names)} |' for reason, names in rows]
+    return '\n'.join(text)
+
+
+def training_table(records: list[dict], sweep: list[dict]) -> str:
+    """How many families train for a step with SN, and what was said in the others."""
+    head, *records = records
+    families = {r['config'].partition('/')[0] for r in sweep[1:] if 'changed' in r}
+    failed = sorted((r for r in records if r['sn']), key=lambda r: (bool(r['as shipped']), r['config']))
+    alone = sum(not r['as shipped'] for r in failed)
+    versions = ', '.join(f'{name} {version}' for name, version in head.items() if name != 'date')
+    text = [
+        f'{len(records)} of {len(families)} families tried: {len(records) - len(failed)} train with SN, '
+        f'{len(failed) - alone} fail with SN and as shipped, {alone} with SN only. {head["date"]}; {versions}.',
+        '',
+        '| config | with SN | as shipped |',
+        '| :--- | :--- | :--- |',
+    ]
+    for r in failed:
+        said = [(r[key] or 'trains').replace('|', '/') for key in ('sn', 'as shipped')]
+        text.append(f'| `{r["config"]}` | {said[0]} | {"the same" if said[1] == said[0] else said[1]} |')
     return '\n'.join(text)
 
 
@@ -211,7 +230,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--check', action='store_true')
     args = parser.parse_args(argv)
-    sweep = [json.loads(line) for line in (RESULTS / 'swap_sweep.jsonl').read_text().splitlines()]
+    sweep, training = (
+        [json.loads(line) for line in (RESULTS / f'swap_{name}.jsonl').read_text().splitlines()]
+        for name in ('sweep', 'training')
+    )
     tables = {
         (README, 'tables'): [*map(summary, load('switch_norm_*_float32_contiguous.json'))],
         (DETAILS, 'tables'): [*map(model_table, load('models_*.json')), *map(layer_tables, load('switch_norm_*.json'))],
@@ -219,6 +241,7 @@ def main(argv: list[str] | None = None) -> None:
         (SWAPPING, 'sweep'): [sweep_table(sweep)],
         (SWAPPING, 'owners'): [sweep_owners(sweep)],
         (SWAPPING, 'reasons'): [sweep_reasons(sweep)],
+        (SWAPPING, 'training'): [training_table(training, sweep)],
     }
     rewrite(tables, args.check)
     if args.check:

@@ -113,6 +113,7 @@ class _LanguageModel(nn.Module):
 BARE = {
     'language_model': dict(type=_LanguageModel),
     'num_cp': 0,  # activation checkpointing by fairscale
+    'postprocess_model': None,  # of trackers
     'teacher_ckpt': None,
     'teacher_config': dict(model=dict(type='ReLU')),
     'tracker': None,
@@ -121,7 +122,10 @@ BARE = {
 
 def _bare(node):
     if isinstance(node, dict):
-        return type(node)({key: copy.deepcopy(BARE[key]) if key in BARE else _bare(v) for key, v in node.items()})
+        bare = {key: copy.deepcopy(BARE[key]) if key in BARE else _bare(v) for key, v in node.items()}
+        if bare.get('pretrained') is True:  # timm's backbones load while they are built
+            bare['pretrained'] = False
+        return type(node)(bare)
     return type(node)(map(_bare, node)) if isinstance(node, (list, tuple)) else node
 
 

@@ -87,6 +87,22 @@ def test_a_class_that_refuses_is_named():
     assert swap.config.model.neck[1].norm_cfg == dict(type='BN') and len(swap.changed) == 61
 
 
+class Downloads(nn.Module):
+    """A neck that loads when it is made, as timm's backbones do."""
+
+    def __init__(self, pretrained):
+        super().__init__()
+        assert pretrained is False, 'there is no network'
+        self.norm = nn.BatchNorm2d(256)
+
+
+def test_nothing_is_loaded_to_look_at_a_model():
+    cfg = config(FCOS)
+    cfg.model.neck = [cfg.model.neck, dict(type=Downloads, pretrained=True)]
+    swap = plan_swap(cfg)
+    assert [norm.name for norm in swap.left] == ['neck.1.norm'] and swap.config.model.neck[1].pretrained is True
+
+
 def test_a_trained_teacher_keeps_its_norms():
     swap = plan_swap(config('mmdet::lad/lad_r50-paa-r101_fpn_2xb8_coco_1x.py'))
     assert Counter(norm.part for norm in swap.changed) == dict(backbone=53, head=8)

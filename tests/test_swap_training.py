@@ -1,20 +1,18 @@
 """Swapped configs train: one of each of 40 families of mmdet and mmseg, drawn at random, on two small images.
 
-Drawn from the families that learn from single images, on the CPU, with nothing but mmdet and mmseg.
+Drawn from the families that learn from single images, on the CPU, with nothing but mmdet and mmseg;
+benchmarks/swap_training.py is about all families.
 """
 
+import sys
 from pathlib import Path
 
 import pytest
-import torch
-from mmdet.testing import demo_mm_inputs
-from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
-from mmengine.structures import PixelData
-from mmengine.utils import get_installed_path
-from mmseg.structures import SegDataSample
 
-from sn_openmmlab import SwitchNorm, swap_norm
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.swap_training import read, train_step  # noqa: E402
+from sn_openmmlab import swap_norm  # noqa: E402
 
 QUICK = [
     'mmdet::dyhead/atss_r50_fpn_dyhead_1x_coco.py',
@@ -64,59 +62,4 @@ OTHERS = [
 
 @pytest.mark.parametrize('name', QUICK + [pytest.param(name, marks=pytest.mark.slow) for name in OTHERS])
 def test_one_training_step(name):
-    library, _, path = name.partition('::')
-    cfg = swap_norm(Config.fromfile(Path(get_installed_path(library), '.mim/configs', path)))
-    shrink(cfg.model)
-    torch.manual_seed(0)
-    init_default_scope(cfg.default_scope)
-    model = MODELS.build(cfg.model)
-    model.init_weights()
-    model.train()
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, SwitchNorm)}
-    before = {name: m.bn.running_mean.clone() for name, m in layers.items()}
-
-    # train_step in its parts, which would clear the gradients
-    losses = model(**model.data_preprocessor(inputs(library), True), mode='loss')
-    loss, _ = model.parse_losses(losses)
-    loss.backward()
-    torch.optim.SGD(model.parameters(), 1e-4).step()
-
-    assert layers and loss.isfinite()
-    assert all(p.isfinite().all() for p in model.parameters())
-    trained = {name for name, m in layers.items() if m.weight.requires_grad}
-    reached = {name for name in trained if layers[name].mean_weight.grad is not None}
-    assert reached and all(layers[name].mean_weight.grad.isfinite().all() for name in reached)
-    moved = {name for name, m in layers.items() if not torch.equal(m.bn.running_mean, before[name])}
-    assert reached <= moved <= trained  # frozen stages keep their statistics
-    assert len(reached) > 0.8 * len(trained)
-
-
-def shrink(node):
-    """No checkpoints, no padding to the training size, few proposals."""
-    if isinstance(node, (list, tuple)):
-        for item in node:
-            shrink(item)
-    if not isinstance(node, dict):
-        return
-    small = dict(nms_pre=100, max_per_img=50) if 'rpn_proposal' in node else {}
-    node.get('rpn_proposal', {}).update(small)
-    for key, value in node.items():
-        if key == 'pretrained' or key == 'init_cfg' and 'Pretrained' in str(value):
-            node[key] = None
-        elif key == 'batch_augments':
-            node[key] = None
-        elif key == 'sampler' and 'num' in value:
-            value.num = 16
-        elif key == 'data_preprocessor' and 'size' in value:
-            value.size = (128, 128)
-        shrink(node[key])
-
-
-def inputs(library):
-    if library == 'mmdet':
-        sizes = [[3, 96, 128], [3, 128, 96]]
-        return demo_mm_inputs(2, sizes, num_items=[2, 3], num_classes=2, with_mask=True, with_semantic=True)
-    samples = [SegDataSample(metainfo=dict(img_shape=(128, 128), ori_shape=(128, 128))) for _ in range(2)]
-    for sample in samples:
-        sample.gt_sem_seg = PixelData(data=torch.randint(0, 2, (1, 128, 128)))
-    return dict(inputs=[torch.randint(0, 256, (3, 128, 128), dtype=torch.uint8) for _ in samples], data_samples=samples)
+    assert train_step(swap_norm(read(name))) == ''

@@ -101,6 +101,9 @@ class SwitchNorm(_InstanceNorm):
         self.bn = None
         if 'bn' in normalizers:
             self.bn = nn.BatchNorm2d(num_features, eps, momentum, affine=False, **factory)
+            for name in 'weight', 'bias':  # models that fill these of every BatchNorm2d (PIDNet) fill nothing
+                del self.bn._parameters[name]
+                setattr(self.bn, name, torch.ones(1))
         self.reset_parameters()
 
     @property

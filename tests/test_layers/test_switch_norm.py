@@ -133,6 +133,19 @@ def test_the_mode_of_bn_is_what_counts():
     assert torch.equal(y, expected)
 
 
+def test_a_model_that_fills_every_batch_norm_fills_nothing():
+    """In its own init_weights, as mmseg's PIDNet."""
+    layer = SwitchNorm(4)
+    before = copy.deepcopy(layer.state_dict())
+    for module in layer.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.constant_(module.weight, 3)
+            nn.init.constant_(module.bias, 2)
+    after = layer.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in after)
+    assert [name for name, _ in layer.bn.named_parameters()] == []
+
+
 def test_momentum_is_the_childs():
     layer = SwitchNorm(3, momentum=0.3)
     assert layer.momentum == layer.bn.momentum == 0.3
