@@ -22,7 +22,16 @@ from test_tools import DETECTOR, TOOLS
 from torch import nn
 from torch.export import Dim
 
-from sn_openmmlab import SwitchNorm, SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SyncSN, fold_batch_norm, swap_norm
+from sn_openmmlab import (
+    SparseSwitchNorm,
+    SwitchNorm,
+    SwitchNorm1d,
+    SwitchNorm2d,
+    SwitchNorm3d,
+    SyncSN,
+    fold_batch_norm,
+    swap_norm,
+)
 from sn_openmmlab.ops import switch_norm_reference
 from sn_openmmlab.ops.graph import switch_norm_graph
 
@@ -379,6 +388,22 @@ def tool(monkeypatch, tmp_path, files):
     monkeypatch.chdir(tmp_path)
     main = importlib.import_module('export').main
     return lambda *args: main([*args, '--shape', '64', '64'])
+
+
+def test_sparse_sn_that_has_chosen_bn_is_folded():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), SparseSwitchNorm(4), nn.Conv2d(4, 4, 3), SparseSwitchNorm(4))
+    scatter(model)
+    for layer, logits in (model[1], [0.1, 0.2, 0.7]), (model[3], [0.7, 0.2, 0.1]):
+        layer.radius.fill_(1.0)
+        for parameter in layer.mean_weight, layer.var_weight:
+            parameter.data.copy_(torch.tensor(logits))
+    model.eval()  # looks up what is chosen
+    x = torch.randn(2, 3, 9, 9)
+    with torch.no_grad():
+        expected = model(x)
+        assert fold_batch_norm(model, x) == 1
+        assert isinstance(model[1], nn.Identity) and isinstance(model[3], SparseSwitchNorm)
+        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_tool_folds_and_compares(tool, capsys):
