@@ -102,7 +102,7 @@ def told(make) -> str:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             return train_step(make())
     except Exception as error:
-        text = ' '.join(str(error).split())
+        text = ' '.join(str(error).replace(f'{Path(mmdet.__file__).parents[1]}/', '').split())
         return f'{type(error).__name__}: {text}'[:160]
 
 

@@ -59,18 +59,17 @@ def tables(name: str, results: list[dict]) -> str:
             f'{task.EPOCHS} epochs, learning rate {task.LR:g} for 2 images a step; after the last epoch; mean ± '
             'standard deviation (lowest to highest) of the seeds.',
             '',
-            f'| norm | images per step | seeds | metric | {" | ".join(kinds)} | seconds per iteration |',
-            '| :--- | ---: | ---: | :--- |' + ' ---: |' * (len(kinds) + 1),
+            f'| norm | images per step | seeds | metric | {" | ".join(kinds)} |',
+            '| :--- | ---: | ---: | :--- |' + ' ---: |' * len(kinds),
         ]
         for (norm, images), cells in groups.items():
-            seconds = sum(r['seconds'] for r in cells) / max(1, sum(r['iterations'] for r in cells))
-            head, tail = [norm, str(images), str(len(cells))], f'{seconds:.2f}'
+            head = [norm, str(images), str(len(cells))]
             for metric, label in task.METRICS.items():
                 values = [_spread([_value(r, kind, metric) for r in cells]) for kind in kinds]
                 if all('diverged' in r['final'] for r in cells):
                     values[0] = 'diverged'
-                text.append('| ' + ' | '.join([*head, label, *values, tail]) + ' |')
-                head, tail = [''] * 3, ''
+                text.append('| ' + ' | '.join([*head, label, *values]) + ' |')
+                head = [''] * 3
     others = [r for r in results if not is_main(r)]
     if others:
         metric, label = next(iter(task.METRICS.items()))
