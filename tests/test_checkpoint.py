@@ -18,6 +18,7 @@ import pytest
 import torch
 from authors_models import C1, PPM, SN, FasterRCNNC4, MaskRCNN, ResNet, dilate
 from mmengine.config import Config
+from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader, Runner, load_checkpoint
@@ -27,6 +28,7 @@ from torch import nn
 
 from sn_openmmlab import SwitchNorm
 from sn_openmmlab.checkpoint import convert
+from sn_openmmlab.safe_load import read_checkpoints_as_data, read_state_dict
 
 TOOLS = Path(__file__).parents[1] / 'tools'
 SN_CFG = dict(type='SN')
@@ -644,3 +646,12 @@ def test_what_is_missing_and_what_looks_wrong_is_said(good):
     assert re.search(r'layer1\.0\.bn2\.bn\.running_var has values that are not finite', text)
     _, report = convert({f'Conv_Body.res1.{key}': value for key, value in good.items() if key.startswith('sn1')})
     assert report.missing[0] == 'backbone.conv1.weight' and 'roi_head.bbox_head.fc_reg.weight' in report.missing
+
+
+def test_reading_one_leaves_what_is_allowed_for_good(tmp_path):
+    """torch's own safe_globals removes at its end also what had been allowed before."""
+    path = str(tmp_path / 'checkpoint.pth')
+    torch.save(dict(state_dict=dict(weight=torch.ones(1)), history=HistoryBuffer([1], [1])), path)
+    read_checkpoints_as_data()
+    assert read_state_dict(path).keys() == {'weight'}
+    assert isinstance(torch.load(path, weights_only=True)['history'], HistoryBuffer)
