@@ -42,7 +42,7 @@ def read_state_dict(path: str, map_location=None) -> dict[str, Tensor]:
 def read_checkpoint(path: str, map_location=None) -> object:
     """Read all that a checkpoint file holds; else as :func:`read_state_dict`."""
     try:
-        with _allowing() if _can_allow() else contextlib.nullcontext():
+        with _allowing():
             return torch.load(os.path.expanduser(path), map_location=map_location or 'cpu', weights_only=True)
     except OSError:
         raise
@@ -98,6 +98,8 @@ def _can_allow() -> bool:
 
 def _allowing():
     """Within it torch reads what is harmless. What was allowed for good stays so, which torch itself would forget."""
+    if not _can_allow():
+        return contextlib.nullcontext()
     known = torch.serialization.get_safe_globals()
     return torch.serialization.safe_globals([each for each in harmless() if each not in known])
 

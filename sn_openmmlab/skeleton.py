@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 import torch.distributed as dist
 from mmengine.config import Config
+from mmengine.model import is_model_wrapper
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -50,7 +51,7 @@ def build(cfg: Config, model: dict | None = None) -> nn.Module:
 
 def compare(before: nn.Module, after: nn.Module) -> list[Norm]:
     """The norm layers of two models that differ in nothing else; an error if they do."""
-    old, new = _modules(before), _modules(after)
+    old, new = own_modules(before), own_modules(after)
     if len(old) != len(new):
         raise RuntimeError(f'not only norms change: the model gets {len(new)} modules in place of {len(old)}')
     norms = []
@@ -86,8 +87,9 @@ def part_name(layer: str) -> str:
     A layer of no such part, as in a backbone that is a checkpoint by itself, belongs to the first of its names.
     """
     names = layer.split('.')
-    if part_of(layer) != 'head':
-        return part_of(layer)
+    part = part_of(layer)
+    if part != 'head':
+        return part
     heads = [name for name in names if name.endswith('head')]
     return heads[-1].replace('bbox', 'box').replace('_', ' ') if heads else names[0]
 
@@ -97,6 +99,17 @@ def is_norm(module: nn.Module) -> bool:
     if isinstance(module, SwitchNorm) or is_switchable(type(module)):
         return True
     return 'Norm' in type(module).__name__ and not [*module.children()]
+
+
+def own_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """All modules by name, but for the statistics inside SN layers."""
+    inside = {id(m) for layer in model.modules() if isinstance(layer, SwitchNorm) for m in layer.children()}
+    return [(name, module) for name, module in model.named_modules() if id(module) not in inside]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model as checkpoints know it, without DistributedDataParallel."""
+    return model.module if is_model_wrapper(model) else model
 
 
 class _LanguageModel(nn.Module):
@@ -127,11 +140,6 @@ def _bare(node):
             bare['pretrained'] = False
         return type(node)(bare)
     return type(node)(map(_bare, node)) if isinstance(node, (list, tuple)) else node
-
-
-def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    inside = {id(m) for layer in model.modules() if isinstance(layer, SwitchNorm) for m in layer.children()}
-    return [(name, module) for name, module in model.named_modules() if id(module) not in inside]
 
 
 def _owner(model: nn.Module, name: str) -> str:

@@ -7,12 +7,11 @@ from common import add_common_options, check_file, load_config, run
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
 
 from sn_openmmlab import SwitchNorm
-from sn_openmmlab.skeleton import is_norm
+from sn_openmmlab.skeleton import is_norm, own_modules, unwrapped
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -85,12 +84,10 @@ def is_sn(norm_cfg: object) -> bool:
 
 def other_norms(runner: Runner) -> dict[str, Counter]:
     """By the parts of the model, under their names in the config: how many norm layers of which kind, SN left out."""
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-    own = {id(child) for m in model.modules() if isinstance(m, SwitchNorm) for child in (m, m.bn)}
     others = defaultdict(Counter)
-    for name, m in model.named_modules():
+    for name, m in own_modules(unwrapped(runner.model)):
         kind = type(m).__name__
-        if id(m) in own or not is_norm(m):
+        if isinstance(m, SwitchNorm) or not is_norm(m):
             continue
         part, config = [], runner.cfg.model
         for key in name.split('.'):

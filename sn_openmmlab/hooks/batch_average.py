@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
 from mmengine.runner.base_loop import BaseLoop
@@ -23,6 +22,7 @@ from torch.utils.data import DataLoader
 from ..convert import is_mm_sync_bn
 from ..layers import SwitchNorm
 from ..ops.reference import moments_dtype
+from ..skeleton import unwrapped
 
 
 @HOOKS.register_module()
@@ -153,8 +153,7 @@ def average_statistics(model: nn.Module, batches: Iterable, num_batches: int | N
         >>> from sn_openmmlab import average_statistics
         >>> average_statistics(runner.model, runner.train_dataloader, 200)  # doctest: +SKIP
     """
-    if is_model_wrapper(model):
-        model = model.module
+    model = unwrapped(model)
     num_batches = len(batches) if num_batches is None else num_batches
     _check_number(num_batches, len(batches) if hasattr(batches, '__len__') else num_batches)
     layers = statistics_layers(model)
@@ -208,11 +207,9 @@ def statistics_layers(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         ValueError: If there are none.
     """
-    if is_model_wrapper(model):
-        model = model.module
     layers = {
         name: m
-        for name, m in model.named_modules()
+        for name, m in unwrapped(model).named_modules()
         if (isinstance(m, _BatchNorm) or is_mm_sync_bn(type(m))) and m.running_mean is not None
     }
     if not layers:

@@ -4,13 +4,12 @@ from collections import Counter
 
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop
 from torch import nn
 
 from ..layers import SwitchNorm
-from ..skeleton import part_name
+from ..skeleton import part_name, unwrapped
 
 FILE = 'importance_ratios.json'  # LocalVisBackend writes it into WORK_DIR/TIMESTAMP/vis_data
 KINDS = ('mean', 'var')
@@ -53,7 +52,7 @@ class SNRatioHook(Hook):
         """Refuse what could not be logged, and log the ratios that training starts from."""
         if not _layers(runner.model):
             raise ValueError(
-                f'SNRatioHook: {type(_unwrapped(runner.model)).__name__} has no SN layer, and so no importance ratios. '
+                f'SNRatioHook: {type(unwrapped(runner.model)).__name__} has no SN layer, and so no importance ratios. '
                 "Set norm_cfg=dict(type='SN') in the parts of the model (tools/swap_norm.py CONFIG writes such a "
                 'config), or remove the hook from custom_hooks'
             )
@@ -100,10 +99,5 @@ def named_ratios(model: nn.Module) -> dict[str, float]:
 
 
 def _layers(model: nn.Module) -> dict[str, SwitchNorm]:
-    named = _unwrapped(model).named_modules()
+    named = unwrapped(model).named_modules()
     return {name: module for name, module in named if isinstance(module, SwitchNorm)}
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model as checkpoints know it, without DistributedDataParallel."""
-    return model.module if is_model_wrapper(model) else model

@@ -1,11 +1,11 @@
 """The radius of SSN layers, which makes them choose in the course of a training."""
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from ..layers import SparseSwitchNorm
+from ..skeleton import unwrapped
 
 
 @HOOKS.register_module()
@@ -44,8 +44,7 @@ class SSNRadiusHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Find the layers."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        found = [m for m in model.modules() if isinstance(m, SparseSwitchNorm)]
+        found = [m for m in unwrapped(runner.model).modules() if isinstance(m, SparseSwitchNorm)]
         self._layers = [m for m in found if m.mean_weight.requires_grad or m.var_weight.requires_grad]
         if not self._layers:
             raise ValueError(
