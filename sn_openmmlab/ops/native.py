@@ -77,8 +77,9 @@ def _moments_by_sums(x: Tensor) -> tuple[Tensor, Tensor]:
     if _many(x):
         sums, squares = _join([(h.sum(2), h.square().sum(2)) for (h,) in _chunks(x)], x)
     else:
-        parts = _parts(size)
-        rows = _for_sums(x).view(1, -1, size // parts)
+        h = _for_sums(x, 8 * _SMALL)
+        parts = _parts(size, 2**14 if _is_half(h) else 2**10)
+        rows = h.view(1, -1, size // parts)
         sums, squares = (t if parts == 1 else t.view(-1, parts).sum(1) for t in _sums(rows, rows, _constants(rows)[0]))
     mean = (sums / size).view(x.shape[:2])
     return mean, torch.addcmul((squares / size).view_as(mean), mean, mean, value=-1).clamp_(min=0)
@@ -107,15 +108,19 @@ def _is_half(x: Tensor) -> bool:
     return x.dtype != moments_dtype(x.dtype)
 
 
-def _for_sums(x: Tensor) -> Tensor:
-    """Small maps are summed faster in float32."""
-    return x.float() if _is_half(x) and x.is_contiguous() and x.shape[2] < _SMALL else x
+def _for_sums(x: Tensor, small: int = _SMALL) -> Tensor:
+    """Maps of less than ``small`` pixels are summed faster in float32."""
+    return x.float() if _is_half(x) and x.is_contiguous() and x.shape[2] < small else x
 
 
 @functools.lru_cache(1024)
-def _parts(size: int) -> int:
-    """How many parts a map is summed in, so that float32 sums run over a thousand pixels at most where sizes allow."""
-    return next((k for k in range(-(-size // 1024), size // 128 + 1) if size % k == 0), 1)
+def _parts(size: int, longest: int) -> int:
+    """How many parts a map is summed in, so that no float32 sum runs over more than ``longest`` pixels.
+
+    A thousand for float32 input; half precision is coarser than the error of longer sums. One part where sizes do not
+    allow more.
+    """
+    return next((k for k in range(-(-size // longest), size // 128 + 1) if size % k == 0), 1)
 
 
 def _rows(x: Tensor) -> Tensor:
