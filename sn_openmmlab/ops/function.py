@@ -84,6 +84,9 @@ def switch_norm(
     batch = 'bn' in normalizers and (training or running_mean is None)
     group = group if batch else None
     mean_bn, var_bn = (running_mean, running_var) if 'bn' in normalizers and not batch else (None, None)
+    update = None
+    if batch and training and running_mean is not None:
+        update = functools.partial(_update, running_mean, running_var, num_batches_tracked, momentum)
 
     backend = _choose_backend(x)
     if backend is None and not batch and (torch.jit.is_tracing() or _is_exporting()):
@@ -97,19 +100,15 @@ def switch_norm(
         y, mean, var = switch_norm_reference(
             x, mean_weight, var_weight, weight, bias, mean_bn, var_bn, normalizers, eps
         )
-        count = x.numel() // x.shape[1]
-    else:
-        args = x, mean_weight, var_weight, weight, bias, mean_bn, var_bn, normalizers, eps, group, backend
-        if torch.is_grad_enabled():
-            y, mean, var, count = _SwitchNorm.apply(*args)
-        else:
-            y, (_, _, mean, var, *_), count = _forward(*args)
-    if batch and training and running_mean is not None:
-        _update(running_mean, running_var, num_batches_tracked, mean, var, count, momentum)
-    return y
+        if update is not None:
+            with torch.no_grad():
+                update(mean, var, x.numel() // x.shape[1])
+        return y
+    args = x, mean_weight, var_weight, weight, bias, mean_bn, var_bn, normalizers, eps, group, backend, update
+    return _SwitchNorm.apply(*args) if torch.is_grad_enabled() else _forward(*args)[0]
 
 
-def _forward(x, mean_weight, var_weight, weight, bias, mean_bn, var_bn, normalizers, eps, group, backend):
+def _forward(x, mean_weight, var_weight, weight, bias, mean_bn, var_bn, normalizers, eps, group, backend, update):
     """The output; what the algebra of backward needs; and the number of pixels behind the batch's BN moments."""
     h = _maps(x)
     if h.numel():
@@ -119,6 +118,8 @@ def _forward(x, mean_weight, var_weight, weight, bias, mean_bn, var_bn, normaliz
     a, s, saved, count = backend.algebra.forward(
         mean_in, var_in, mean_bn, var_bn, mean_weight, var_weight, weight, bias, normalizers, eps, h.shape[2], group
     )
+    if update is not None:
+        update(*saved[2:4], count)
     y = backend.affine(h, mean_in, a, s) if h.numel() else torch.empty_like(h)
     # no view of anything, since ReLU(inplace=True) follows; also without gradients, as in a checkpoint's first forward
     return x.new_empty(0).set_(y.view(x.shape)), saved, count
@@ -126,25 +127,16 @@ def _forward(x, mean_weight, var_weight, weight, bias, mean_bn, var_bn, normaliz
 
 class _SwitchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, mean_weight, var_weight, weight, bias, mean_bn, var_bn, normalizers, eps, group, backend):
-        y, saved, count = _forward(
-            x, mean_weight, var_weight, weight, bias, mean_bn, var_bn, normalizers, eps, group, backend
-        )
+    def forward(ctx, x, mean_weight, var_weight, weight, bias, *rest):
+        y, saved, ctx.count = _forward(x, mean_weight, var_weight, weight, bias, *rest)
         ctx.save_for_backward(x, mean_weight, var_weight, weight, bias, *saved)
-        ctx.normalizers, ctx.eps, ctx.count, ctx.group, ctx.backend = normalizers, eps, count, group, backend
-        ctx.set_materialize_grads(False)
-        if count is None:
-            return y, None, None, None
-        mean_bn, var_bn = saved[2:4]
-        ctx.mark_non_differentiable(mean_bn, var_bn)
-        return y, mean_bn, var_bn, count
+        ctx.normalizers, ctx.eps, ctx.group, ctx.backend = rest[2:6]
+        return y
 
     @staticmethod
-    def backward(ctx, dy, *_):
-        if dy is None:  # the output took no part, but the other ranks of a group wait for this one
-            dy = torch.zeros_like(ctx.saved_tensors[0])
+    def backward(ctx, dy):
         grads = _differentiable_backward(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
-        return *grads, *[None] * 6
+        return *grads, *[None] * 7
 
 
 def _backward(ctx, dy):
@@ -193,8 +185,7 @@ def _like(dy: Tensor, x: Tensor) -> Tensor:
     return dy if dy.stride() == x.stride() else torch.empty_like(x).copy_(dy)
 
 
-@torch.no_grad()
-def _update(running_mean, running_var, num_batches_tracked, mean, var, count, momentum) -> None:
+def _update(running_mean, running_var, num_batches_tracked, momentum, mean, var, count) -> None:
     """Move the running statistics towards the batch's by ``momentum``; not at all where the batch was empty."""
     if isinstance(count, Tensor):  # counted over a group: stays on the device
         seen, unbiased = count.clamp(max=1), count / (count - 1).clamp(min=1)
