@@ -23,7 +23,7 @@ from mmseg.structures import SegDataSample
 from torch import nn
 
 import sn_openmmlab  # noqa: F401  (registers SN)
-from benchmarks.harness import Stopwatch, compare, environment, peak_bytes, write
+from benchmarks.harness import Stopwatch, compare, environment, keep_freed_memory, peak_bytes, write
 
 NORMS = {
     'BN': dict(type='BN'),
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--models', nargs='+', default=list(SIZES), choices=list(SIZES))
     args = parser.parse_args(argv)
     device = torch.device(args.device)
-    result = dict(environment(device), rows=[])
+    result = dict(environment(device), keeps_freed_memory=keep_freed_memory(), rows=[])
     for model in args.models:
         size = SIZES[model][device.type]
         candidates = {norm: timed(norm, steps(model, norm, size, device), device) for norm in NORMS}

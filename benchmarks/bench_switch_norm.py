@@ -12,8 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Stopwatch, compare, environment, kept_bytes, peak_bytes, write
+from benchmarks.harness import Stopwatch, compare, environment, keep_freed_memory, kept_bytes, peak_bytes, write
 from sn_openmmlab import SwitchNorm
+from sn_openmmlab.ops import NORMALIZERS, function
 
 SHAPES = {  # the first five are those of the published comparison in this project's goal, the others come on top
     'R-50-FPN stem': (2, 64, 200, 336),
@@ -101,8 +102,43 @@ def bound(x: Tensor) -> Callable[[], dict[str, float]]:
     return run
 
 
-def bench_shape(shape, dtype, layout, device, makes, seconds) -> list[dict]:
-    """All providers on one shape, one row for each phase."""
+PASSES = {  # in copies of the map: half of one for what is read or written, None for the algebra on (N, C)
+    'moments': 0.5,
+    'forward algebra': None,
+    'affine': 1,
+    'reduce': 1,
+    'backward algebra': None,
+    'combine': 1.5,
+}
+
+
+def passes(layer: SwitchNorm, x: Tensor, dy: Tensor) -> Callable[[], dict[str, float]]:
+    """The four passes and the algebra between them, of the backend that is chosen by itself, one by one."""
+    backend, h, dh = function._backend_on(x.device), x.detach().flatten(2), dy.flatten(2)
+    logits = layer.mean_weight.detach(), layer.var_weight.detach()
+    weight, bias, rest = layer.weight.detach(), layer.bias.detach(), (NORMALIZERS, layer.eps, h.shape[2])
+
+    def run() -> dict[str, float]:
+        watch = Stopwatch(x.device)
+        mean, var = backend.moments(h)
+        watch.lap()
+        a, s, saved, count = backend.algebra.forward(mean, var, None, None, *logits, weight, bias, *rest, None)
+        watch.lap()
+        backend.affine(h, mean, a, s)
+        watch.lap()
+        sums = backend.reduce(dh, h, mean)
+        watch.lap()
+        a, b1, b0, *_ = backend.algebra.backward(*sums, saved, *logits, weight, *rest, count, None)
+        watch.lap()
+        backend.combine(dh, h, mean, a, b1, b0)
+        watch.lap()
+        return dict(zip(PASSES, watch.seconds()))
+
+    return run
+
+
+def bench_shape(shape, dtype, layout, device, makes, seconds) -> tuple[list[dict], list[dict]]:
+    """All providers on one shape, one row for each phase; and SN's passes, one row for each."""
     generator = torch.Generator().manual_seed(0)
     x, dy = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
     if layout == 'channels_last':
@@ -110,7 +146,13 @@ def bench_shape(shape, dtype, layout, device, makes, seconds) -> list[dict]:
     x.requires_grad_()
     layers = {name: make(shape[1]).to(device) for name, make in makes.items()}
     candidates = {name: candidate(layer, x, dy) for name, layer in layers.items()} | {'traffic bound': bound(x)}
+    candidates['passes'] = passes(SwitchNorm(shape[1]).to(device), x, dy)
     times = compare(candidates, seconds)
+    copy = times['traffic bound']['forward']['median'] / 1.5
+    parts = [
+        dict(shape=shape, name=name, ratio_to_bound=copies and summary['median'] / (copies * copy), **summary)
+        for (name, copies), summary in zip(PASSES.items(), times.pop('passes').values())
+    ]
     rows = []
     for name, phases in times.items():
         layer = layers.get(name)
@@ -122,7 +164,7 @@ def bench_shape(shape, dtype, layout, device, makes, seconds) -> list[dict]:
         for phase, summary in phases.items():
             ratio = summary['median'] / times['BatchNorm'][phase]['median']
             rows.append(dict(shape=shape, provider=name, phase=phase, ratio=ratio, **summary, **memory))
-    return rows
+    return rows, parts
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -136,10 +178,19 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     makes = providers(device, not args.no_compiled)
-    result = dict(environment(device), dtype=args.dtype, layout=args.layout, names=list(SHAPES), rows=[])
+    result = dict(
+        environment(device),
+        keeps_freed_memory=keep_freed_memory(),
+        dtype=args.dtype,
+        layout=args.layout,
+        names=list(SHAPES),
+        rows=[],
+        passes=[],
+    )
     for name, shape in SHAPES.items():
-        rows = bench_shape(shape, getattr(torch, args.dtype), args.layout, device, makes, args.seconds)
+        rows, parts = bench_shape(shape, getattr(torch, args.dtype), args.layout, device, makes, args.seconds)
         result['rows'] += rows
+        result['passes'] += parts
         line = '  '.join(f'{r["provider"]} {r["ratio"]:.2f}' for r in rows if r['phase'] == 'both')
         print(f'{name} {"x".join(map(str, shape))}: {line}', flush=True)
     print('wrote', write(f'switch_norm_{device.type}_{args.dtype}_{args.layout}', result))

@@ -4,6 +4,7 @@ A candidate is a function without arguments that returns the seconds of each of 
 candidate runs once, so that a drift of the machine's speed meets all of them.
 """
 
+import ctypes
 import datetime
 import json
 import os
@@ -17,6 +18,19 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).parent / 'results'
+MAPPED_ALONE = 2**25  # bytes from which glibc maps a block by itself, once it has adapted to a program's blocks
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep the memory that is freed, as a training that has settled does; whether that could be said to it.
+
+    By default it hands memory back when much of it lies free at the end of the heap, and whichever candidate comes next
+    pays for mapping it again, 2 microseconds a page: ratios then change threefold from run to run. Blocks above 32 MiB
+    are mapped anew for every candidate, as in any process.
+    """
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    return bool(mallopt and mallopt(m_mmap_threshold, MAPPED_ALONE) and mallopt(m_trim_threshold, 2**31 - 1))
 
 
 class Stopwatch:

@@ -59,7 +59,22 @@ def layer_tables(result: dict) -> str:
     for shape in shapes:
         row = [f'{cells[shape, name, "both"]["kept_bytes"] / (math.prod(shape) * size):.2f}' for name in named]
         text.append('| ' + ' | '.join(['x'.join(map(str, shape)), *row]) + ' |')
-    return '\n'.join(text)
+    return '\n'.join([*text, '', *_passes(result)])
+
+
+def _passes(result: dict) -> list[str]:
+    """Milliseconds of each pass of SN, and how many times the traffic bound that is."""
+    names = list(dict.fromkeys(row['name'] for row in result['passes']))
+    text = ["SN's passes one by one: ms (multiple of the pass's own traffic bound)", '']
+    text += ['| shape | ' + ' | '.join(names) + ' |', '| :--- |' + ' ---: |' * len(names)]
+    for shape in dict.fromkeys(tuple(row['shape']) for row in result['passes']):
+        cells = [
+            f'{1e3 * r["median"]:.2f}' + (f' ({r["ratio_to_bound"]:.1f})' if r['ratio_to_bound'] else '')
+            for r in result['passes']
+            if tuple(r['shape']) == shape
+        ]
+        text.append('| ' + ' | '.join(['x'.join(map(str, shape)), *cells]) + ' |')
+    return text
 
 
 def summary(result: dict) -> str:

@@ -9,7 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import report  # noqa: E402
-from benchmarks.bench_switch_norm import bench_shape, on_backend  # noqa: E402
+from benchmarks.bench_switch_norm import PASSES, bench_shape, on_backend  # noqa: E402
 from benchmarks.harness import compare, kept_bytes  # noqa: E402
 from sn_openmmlab import SwitchNorm  # noqa: E402
 
@@ -37,7 +37,11 @@ def test_switch_norm_keeps_its_input_and_little_more():
 
 def test_rows_hold_every_provider_and_phase():
     makes = {'BatchNorm': torch.nn.BatchNorm2d, 'SN native': on_backend('native')}
-    rows = bench_shape((2, 4, 8, 8), torch.float32, 'channels_last', torch.device('cpu'), makes, seconds=0)
+    rows, passes = bench_shape((2, 4, 8, 8), torch.float32, 'channels_last', torch.device('cpu'), makes, seconds=0)
     phases = {(r['provider'], r['phase']) for r in rows}
     assert phases == {(p, f) for p in (*makes, 'traffic bound') for f in report.PHASES}
     assert all(r['ratio'] == pytest.approx(1) for r in rows if r['provider'] == 'BatchNorm')
+    assert [r['name'] for r in passes] == list(PASSES)
+    copy = next(r['median'] for r in rows if (r['provider'], r['phase']) == ('traffic bound', 'both')) / 4
+    bounds = [r['median'] / r['ratio_to_bound'] / copy for r in passes if 'algebra' not in r['name']]
+    assert bounds == pytest.approx([0.5, 1, 1, 1.5])  # and a copy is a read and a write
