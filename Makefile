@@ -36,10 +36,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 bench: setup
-	$(BIN)/python -m benchmarks.bench_switch_norm
-	$(BIN)/python -m benchmarks.bench_switch_norm --layout channels_last --no-compiled --seconds 5
-	$(BIN)/python -m benchmarks.bench_switch_norm --dtype bfloat16 --no-compiled --seconds 5
-	$(BIN)/python -m benchmarks.bench_models
+	$(BIN)/python -m benchmarks.bench_switch_norm --seconds 7
+	$(BIN)/python -m benchmarks.bench_switch_norm --layout channels_last --no-compiled --seconds 4
+	$(BIN)/python -m benchmarks.bench_switch_norm --dtype bfloat16 --no-compiled --seconds 4
+	$(BIN)/python -m benchmarks.bench_models --seconds 40
 	$(BIN)/python -m benchmarks.report
 
 docs: setup

@@ -125,10 +125,13 @@ def environment(device: torch.device) -> dict:
         torch=torch.__version__,
         python=platform.python_version(),
         date=datetime.date.today().isoformat(),
-        commit=subprocess.run(
-            ['git', 'describe', '--always', '--dirty'], capture_output=True, text=True, cwd=RESULTS.parent
-        ).stdout.strip(),
+        commit=_git('describe', '--always')
+        + ('-dirty' if _git('status', '--short', '--untracked-files=no', ':/', ':(exclude)*.json') else ''),
     )
+
+
+def _git(*args: str) -> str:
+    return subprocess.run(['git', *args], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
 
 
 def _cpu_name() -> str:
