@@ -190,8 +190,8 @@ def test_tables_say_how_many_seeds_and_how_far_they_spread():
         if '|' in line
     ]
     assert rows[2][1:6] == ['2', '1', 'box AP', 'diverged', '']
-    assert rows[4][1:6] == ['2', '1', 'box AP', '0.25', '']
-    assert rows[6][1:6] == ['2', '2', 'box AP', '0.4 ± 0.141 (0.3 to 0.5)', '0.5 ± 0.141 (0.4 to 0.6)']
-    assert rows[7][1:6] == ['', '', 'box AP50', '0.65 ± 0.141 (0.55 to 0.75)', '0.75 ± 0.141 (0.65 to 0.85)']
+    assert rows[4][1:6] == ['2', '1', 'box AP', '0.250', '']
+    assert rows[6][1:6] == ['2', '2', 'box AP', '0.400 ± 0.141 (0.300 to 0.500)', '0.500 ± 0.141 (0.400 to 0.600)']
+    assert rows[7][1:6] == ['', '', 'box AP50', '0.650 ± 0.141 (0.550 to 0.750)', '0.750 ± 0.141 (0.650 to 0.850)']
     assert [row[0] for row in rows[2:8]] == ['BN', '', 'GN', '', 'SN', '']
     assert rows[10][:6] == ['BN', '2', f'{task.LR / 2:g}', '3', '', '0'] and rows[10][6] == '0.125'

@@ -11,6 +11,7 @@ from mmengine.config import Config
 
 from benchmarks.accuracy.data import data_root
 
+NAME = 'BCCD'
 METRICS = {'coco/bbox_mAP': 'box AP', 'coco/bbox_mAP_50': 'box AP50'}
 EPOCHS = 12
 LR = 0.02  # at 2 images a step

@@ -9,6 +9,7 @@ from mmengine.config import Config
 import sn_openmmlab  # noqa: F401  (lets the config find mmseg's)
 from benchmarks.accuracy.data import ROOT, data_root
 
+NAME = 'CamVid'
 METRICS = {'mIoU': 'mIoU', 'aAcc': 'pixel accuracy'}
 EPOCHS = 8
 LR = 0.01  # at 2 images a step

@@ -86,7 +86,7 @@ def tables(name: str, results: list[dict]) -> str:
 def summary(by_task: dict[str, list[dict]]) -> str:
     """The comparison at 2 images per step, evaluated with the moving average: a row a norm, a column a task."""
     by_task = {name: [r for r in results if r['images'] == 2 and is_main(r)] for name, results in by_task.items()}
-    heads = [f'{name.upper()}, {next(iter(load_task(name).METRICS.values()))}' for name in by_task]
+    heads = [f'{task.NAME}, {next(iter(task.METRICS.values()))}' for task in map(load_task, by_task)]
     text = [f'| norm | {" | ".join(heads)} |', '| :--- |' + ' ---: |' * len(heads)]
     trained = {r['norm'] for results in by_task.values() for r in results}
     for norm in filter(trained.__contains__, NORMS):
@@ -111,9 +111,9 @@ def _spread(values: list[float | None]) -> str:
     known = [v for v in values if v is not None]
     if not known:
         return ''
-    text = f'{statistics.mean(known):.3g}'
+    text = f'{statistics.mean(known):#.3g}'
     if len(known) > 1:
-        text += f' ± {statistics.stdev(known):.3g} ({min(known):.3g} to {max(known):.3g})'
+        text += f' ± {statistics.stdev(known):#.3g} ({min(known):#.3g} to {max(known):#.3g})'
     return text + (f', {len(values) - len(known)} diverged' if len(known) < len(values) else '')
 
 
@@ -139,7 +139,8 @@ def plot(name: str, results: list[dict], path: Path) -> None:
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
 
-    metric, label = next(iter(load_task(name).METRICS.items()))
+    task = load_task(name)
+    metric, label = next(iter(task.METRICS.items()))
     figure, axes = plt.subplots(figsize=(6, 4), layout='constrained')
     for i, norm in enumerate(NORMS):
         curves = [
@@ -156,7 +157,7 @@ def plot(name: str, results: list[dict], path: Path) -> None:
         axes.plot(*zip(*mean.items()), color=f'C{i}', linewidth=2, label=f'{norm} ({seeds})')
     axes.set_xlabel('epoch')
     axes.set_ylabel(label)
-    axes.set_title(f'{name.upper()}, 2 images a step', fontsize=10)
+    axes.set_title(f'{task.NAME}, 2 images a step', fontsize=10)
     axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -7,6 +7,7 @@ it goes on from the last whole epoch, and ends as if it had not been stopped (te
 
 A task is a module beside this one with
 
+    NAME     what tables and plots call it
     METRICS  the compared metrics, named as mmengine logs them, and what tables call them; the first is plotted
     EPOCHS   length of a training
     LR       learning rate at 2 images a step, one for all norms
