@@ -109,7 +109,10 @@ def switch_norm(
 
 
 def _forward(x, mean_weight, var_weight, weight, bias, mean_bn, var_bn, normalizers, eps, group, backend, update):
-    """The output; what the algebra of backward needs; and the number of pixels behind the batch's BN moments."""
+    """The output; what the algebra of backward needs; and the number of pixels behind the batch's BN moments.
+
+    ``update`` takes the batch's BN moments and that number, to move the running statistics; None leaves them alone.
+    """
     h = _maps(x)
     if h.numel():
         mean_in, var_in = backend.moments(h)
@@ -135,6 +138,7 @@ class _SwitchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
+        # zeros where the output took no part: the other ranks of a group wait for this one
         grads = _differentiable_backward(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
         return *grads, *[None] * 7
 
