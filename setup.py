@@ -1,10 +1,12 @@
-"""Metadata, and the one thing that a wheel needs beyond it: configs and tools where OpenMMLab looks for them."""
+"""Metadata, the kernels for the CPU, and configs and tools in the place where OpenMMLab looks for them."""
 
+import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
@@ -33,6 +35,24 @@ class BuildPy(build_py):
                 shutil.copy(ROOT / name, mim)
 
 
+def libraries() -> list[Extension]:
+    """The CPU's kernels: a plain shared library. Without a compiler for it the package takes torch's own kernels."""
+    if os.name != 'posix':
+        return []
+    openmp = ['-fopenmp'] if sys.platform != 'darwin' else []
+    flags = ['-std=c++17', '-O3', '-g0', '-Wno-psabi', '-Wno-unknown-pragmas', *openmp]
+    return [
+        Extension(
+            'sn_openmmlab.ops._passes',
+            ['sn_openmmlab/ops/passes.cpp'],
+            extra_compile_args=flags,
+            extra_link_args=openmp,
+            language='c++',
+            optional=True,
+        )
+    ]
+
+
 def version() -> str:
     """The version, read as text: importing the package would need torch."""
     return re.search(r"__version__ = '(.+)'", (ROOT / 'sn_openmmlab/version.py').read_text())[1]
@@ -57,5 +77,6 @@ setup(
         'dev': ['pytest', 'ruff', 'matplotlib'],
     },
     cmdclass={'build_py': BuildPy},
+    ext_modules=libraries(),
     zip_safe=False,
 )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import Stopwatch, compare, environment, keep_freed_memory, kept_bytes, peak_bytes, write
 from sn_openmmlab import SwitchNorm
-from sn_openmmlab.ops import NORMALIZERS, function
+from sn_openmmlab.ops import NORMALIZERS, cpp, function
 
 SHAPES = {  # the first five are those of the published comparison in this project's goal, the others come on top
     'R-50-FPN stem': (2, 64, 200, 336),
@@ -49,7 +49,7 @@ def compiled(channels: int) -> nn.Module:
     return layer
 
 
-def providers(device: torch.device, with_compiled: bool) -> dict[str, Callable[[int], nn.Module]]:
+def providers(device: torch.device, dtype: torch.dtype, with_compiled: bool) -> dict[str, Callable[[int], nn.Module]]:
     """Constructors of the layers to compare, by name."""
     makes = {
         'BatchNorm': nn.BatchNorm2d,
@@ -58,6 +58,8 @@ def providers(device: torch.device, with_compiled: bool) -> dict[str, Callable[[
         'SN textbook': on_backend('reference'),
         'SN native': on_backend('native'),
     }
+    if cpp.runs_on(device, dtype):
+        makes['SN cpp'] = on_backend('cpp')
     if device.type == 'cuda':
         makes['SN triton'] = on_backend('triton')
     if with_compiled:
@@ -114,7 +116,7 @@ PASSES = {  # in copies of the map: half of one for what is read or written, Non
 
 def passes(layer: SwitchNorm, x: Tensor, dy: Tensor) -> Callable[[], dict[str, float]]:
     """The four passes and the algebra between them, of the backend that is chosen by itself, one by one."""
-    backend, h, dh = function._backend_on(x.device), x.detach().flatten(2), dy.flatten(2)
+    backend, h, dh = function._backend_for(x.device, x.dtype), x.detach().flatten(2), dy.flatten(2)
     logits = layer.mean_weight.detach(), layer.var_weight.detach()
     weight, bias, rest = layer.weight.detach(), layer.bias.detach(), (NORMALIZERS, layer.eps, h.shape[2])
 
@@ -176,8 +178,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--seconds', type=float, default=10, help='about this long for each shape')
     parser.add_argument('--no-compiled', action='store_true', help='leave out torch.compile')
     args = parser.parse_args(argv)
-    device = torch.device(args.device)
-    makes = providers(device, not args.no_compiled)
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    makes = providers(device, dtype, not args.no_compiled)
     result = dict(
         environment(device),
         keeps_freed_memory=keep_freed_memory(),
@@ -188,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
         passes=[],
     )
     for name, shape in SHAPES.items():
-        rows, parts = bench_shape(shape, getattr(torch, args.dtype), args.layout, device, makes, args.seconds)
+        rows, parts = bench_shape(shape, dtype, args.layout, device, makes, args.seconds)
         result['rows'] += rows
         result['passes'] += parts
         line = '  '.join(f'{r["provider"]} {r["ratio"]:.2f}' for r in rows if r['phase'] == 'both')

@@ -79,7 +79,8 @@ def _passes(result: dict) -> list[str]:
 
 def summary(result: dict) -> str:
     """SN on this device's kernels, by its textbook formula, and GroupNorm, as ratios to BatchNorm: geometric means."""
-    names = [name for name in ('SN native', 'SN triton', 'SN textbook', 'GroupNorm(32)') if _of(result, name, 'both')]
+    names = ['SN cpp', 'SN triton', 'SN native', 'SN textbook', 'GroupNorm(32)']
+    names = [name for name in names if _of(result, name, 'both')]
     text = [f'{result["dtype"]}, {result["device"]}, {_conditions(result)}', '']
     text += ['| time / BatchNorm2d | ' + ' | '.join(names) + ' |', '| :--- |' + ' ---: |' * len(names)]
     for phase, title in zip(PHASES, ('forward', 'backward', 'forward and backward', 'evaluation')):

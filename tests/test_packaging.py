@@ -28,12 +28,21 @@ assert get_config('sn_openmmlab::{CONFIG}').model == Config.fromfile('own.py').m
 print(sn_openmmlab.__file__, Config.fromfile('own.py').model.backbone.norm_cfg.type)
 """
 
+PRINT_BACKEND = """
+import torch
+from sn_openmmlab.ops import function
+print(function._backend_for(torch.device('cpu'), torch.float32).__name__)
+"""
+needs_compiler = pytest.mark.skipif(
+    not shutil.which(os.environ.get('CXX', 'c++')), reason='there is no C++ compiler to install with'
+)
+
 
 @pytest.fixture(scope='module')
 def source(tmp_path_factory):
     """A copy of the source tree, so that building leaves nothing in the real one."""
     source = tmp_path_factory.mktemp('source')
-    ignore = shutil.ignore_patterns('.*', 'build', 'data', 'work_dirs', '*.egg-info', '__pycache__')
+    ignore = shutil.ignore_patterns('.*', 'build', 'data', 'work_dirs', '*.egg-info', '__pycache__', '*.so')
     shutil.copytree(ROOT, source, ignore=ignore, dirs_exist_ok=True)
     return source
 
@@ -70,6 +79,11 @@ def files(folder):
     return {p.relative_to(folder).as_posix() for p in folder.rglob('*') if p.is_file() and '__pycache__' not in p.parts}
 
 
+def libraries(folder):
+    """The libraries of compiled code, relative to the package in ``folder``."""
+    return {p.relative_to(folder / 'sn_openmmlab').as_posix() for p in folder.glob('sn_openmmlab/ops/_passes.*')}
+
+
 def test_the_wheel_carries_package_configs_and_tools(wheel, source, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     mim = tmp_path / 'sn_openmmlab/.mim'
@@ -79,7 +93,9 @@ def test_the_wheel_carries_package_configs_and_tools(wheel, source, tmp_path):
     metafiles = yaml.safe_load((mim / 'model-index.yml').read_text())['Import']
     assert metafiles and all((mim / metafile).is_file() for metafile in metafiles)
     ours, theirs = (files(folder / 'sn_openmmlab') for folder in (tmp_path, source))
-    assert {p for p in ours if not p.startswith('.mim')} == {p for p in theirs if not p.startswith('.mim')}
+    assert {p for p in ours if not p.startswith('.mim')} == {
+        p for p in theirs | libraries(tmp_path) if not p.startswith('.mim') and p != 'ops/passes.cpp'
+    }
     assert {p.name for p in tmp_path.iterdir()} == {'sn_openmmlab', f'sn_openmmlab-{__version__}.dist-info'}
 
 
@@ -111,6 +127,21 @@ def test_an_editable_install(source, environment, tmp_path):
     shutil.copy(source / 'configs' / CONFIG, new)  # an editable install follows the source tree
     assert (source / 'sn_openmmlab/.mim/configs' / CONFIG.replace('mask', 'new')).read_text() == new.read_text()
     new.unlink()
+
+
+@needs_compiler
+@pytest.mark.parametrize('editable', [False, True], ids=['wheel', 'editable'])
+def test_an_install_has_the_kernels_for_the_cpu(editable, wheel, source, environment, tmp_path):
+    run(environment, *pip('install'), '--ignore-installed', *(['--editable', source] if editable else [wheel]))
+    assert run(environment, '-c', PRINT_BACKEND, cwd=tmp_path).strip() == 'sn_openmmlab.ops.cpp'
+
+
+def test_without_a_compiler_an_install_takes_torchs_kernels(source, environment, tmp_path):
+    copy = tmp_path / 'source'
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns('build', '*.so', '.mim'))
+    none = dict(CC='no-such-compiler', CXX='no-such-compiler')
+    run(environment, *pip('install'), '--ignore-installed', copy, env=os.environ | none)
+    assert run(environment, '-c', PRINT_BACKEND, cwd=tmp_path).strip() == 'sn_openmmlab.ops.native'
 
 
 def test_without_mmengine_import_says_what_to_install(tmp_path):

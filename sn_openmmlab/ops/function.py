@@ -12,11 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import native
+from . import cpp, native
 from .graph import switch_norm_graph
 from .reference import NORMALIZERS, moments_dtype, switch_norm_reference
 
-_BACKENDS = ('reference', 'native', 'triton')
+_BACKENDS = ('reference', 'native', 'cpp', 'triton')
 _is_exporting = getattr(torch.compiler, 'is_exporting', bool)  # torch 2.7 or newer; the reference can be exported too
 
 
@@ -215,15 +215,22 @@ def _choose_backend(x: Tensor):
         or type(x) not in (Tensor, torch.nn.Parameter)
     ):
         return None
-    return _backend_on(x.device)
+    return _backend_for(x.device, x.dtype)
 
 
-def _backend_on(device: torch.device):
+def _backend_for(device: torch.device, dtype: torch.dtype):
     name = os.environ.get('SN_BACKEND')
     if name and name not in _BACKENDS:
         raise RuntimeError(f'SN_BACKEND is {name!r}; choose one of {list(_BACKENDS)} or unset it')
     if name == 'reference':
         return None
+    if (not name or name == 'cpp') and cpp.runs_on(device, dtype):
+        return cpp
+    if name == 'cpp':
+        raise RuntimeError(
+            f"SN_BACKEND is 'cpp', which does not run on {dtype} on {device}: it takes float32 and bfloat16 on the "
+            'CPU, where the installation found a C++ compiler; unset SN_BACKEND, or install sn_openmmlab anew'
+        )
     if name == 'native' or (not name and device.type != 'cuda'):
         return native
     triton = _triton()

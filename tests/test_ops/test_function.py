@@ -8,9 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
-from sn_openmmlab.ops import NORMALIZERS, switch_norm, switch_norm_reference
+from sn_openmmlab.ops import NORMALIZERS, cpp, switch_norm, switch_norm_reference
 
 BACKENDS = ['reference', 'native']
+CPP = pytest.param(
+    'cpp',
+    marks=pytest.mark.skipif(
+        not cpp.runs_on(torch.device('cpu'), torch.float32), reason='the installation found no C++ compiler'
+    ),
+)
 SHAPES = [
     (4, 6),  # 2-D: re-id heads
     (3, 6, 5),  # 3-D: EncHead
@@ -27,6 +33,14 @@ LAYOUTS = ['contiguous', 'transposed', 'channels_last']
 
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
+    """For input in any dtype."""
+    monkeypatch.setenv('SN_BACKEND', request.param)
+    return request.param
+
+
+@pytest.fixture(params=[*BACKENDS, CPP])
+def float_backend(request, monkeypatch):
+    """For input in float32 or bfloat16."""
     monkeypatch.setenv('SN_BACKEND', request.param)
     return request.param
 
@@ -112,13 +126,20 @@ def run(x, args, stats, dy, **kwargs):
 
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('layout', LAYOUTS)
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    'backend, dtype',
+    [
+        *[('native', dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)],
+        *[pytest.param('cpp', dtype, marks=CPP.marks) for dtype in (torch.float32, torch.bfloat16)],
+    ],
+    indirect=['backend'],
+    ids=str,
+)
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
-def test_native_equals_the_float64_reference(shape, dtype, layout, training, monkeypatch):
+def test_equals_the_float64_reference(shape, dtype, backend, layout, training, monkeypatch):
     """Output and every gradient, parameters in float32 as under AMP."""
     x, dy = (laid_out(rand(*shape, seed=s).to(dtype), layout) for s in (7, 8))
     args, stats = arguments(shape[1], dtype=torch.float32), arguments(shape[1], stats=True, dtype=torch.float32)[4:]
-    monkeypatch.setenv('SN_BACKEND', 'native')
     got = run(x, args, stats, dy, training=training, eps=1e-2)
     monkeypatch.setenv('SN_BACKEND', 'reference')
     doubled = [[t.double() for t in ts] for ts in (args, stats)]
@@ -182,7 +203,7 @@ DEGENERATE = {
 
 @pytest.mark.parametrize('names', [NORMALIZERS, ('in', 'ln'), ('in',), ('bn',)], ids='-'.join)
 @pytest.mark.parametrize('case', DEGENERATE)
-def test_degenerate_input_stays_finite(backend, case, names):
+def test_degenerate_input_stays_finite(float_backend, case, names):
     x = DEGENERATE[case].float()
     args = arguments(x.shape[1], names, torch.float32)
     stats = [torch.zeros(x.shape[1]), torch.ones(x.shape[1])] if 'bn' in names else [None, None]
@@ -193,7 +214,7 @@ def test_degenerate_input_stays_finite(backend, case, names):
 
 
 @pytest.mark.parametrize('logits', [(0.0, 0.0, 0.0), *ONE_HOT.values()], ids=str)
-def test_large_mean_is_as_accurate_as_torchs_norms(backend, logits):
+def test_large_mean_is_as_accurate_as_torchs_norms(float_backend, logits):
     """Batch norm is the yardstick; instance norm where all importance is on IN, whose means are each rounded."""
     x = rand(2, 64, 50, 50, shift=1e4, dtype=torch.float32)
     norm = F.instance_norm if logits == ONE_HOT['in'] else lambda t: F.batch_norm(t, None, None, training=True)
@@ -206,7 +227,7 @@ def test_large_mean_is_as_accurate_as_torchs_norms(backend, logits):
 
 @pytest.mark.parametrize('names', [NORMALIZERS, ('in', 'ln')], ids='-'.join)
 @pytest.mark.parametrize('shape', [(0, 4, 7, 7), (0, 4), (2, 4, 0, 3)], ids=str)
-def test_empty_input(backend, shape, names):
+def test_empty_input(float_backend, shape, names):
     x = torch.empty(shape).requires_grad_()
     args = [a.requires_grad_() for a in arguments(4, names, torch.float32)]
     before = arguments(4, stats=True, dtype=torch.float32)[4:]
@@ -222,8 +243,8 @@ def test_empty_input(backend, shape, names):
 
 
 @pytest.mark.parametrize('training', [True, False])
-def test_only_the_input_is_kept_for_backward(training, monkeypatch):
-    monkeypatch.setenv('SN_BACKEND', 'native')
+@pytest.mark.parametrize('backend', ['native', CPP], indirect=True)
+def test_only_the_input_is_kept_for_backward(backend, training):
     x = rand(2, 8, 32, 32, dtype=torch.float32).requires_grad_()
     args = [a.requires_grad_() for a in arguments(8, dtype=torch.float32)]
     stats = arguments(8, dtype=torch.float32, stats=True)[4:]
@@ -251,7 +272,7 @@ def test_parameters_that_need_no_gradient_get_none(backend):
         assert [t.grad is not None for t in inputs] == list(needed)
 
 
-def test_autocast_changes_nothing(backend):
+def test_autocast_changes_nothing(float_backend):
     """As for BatchNorm: the dtype that comes in goes out."""
     args = arguments(6, dtype=torch.float32)
     for dtype in torch.float32, torch.bfloat16:

@@ -358,8 +358,8 @@ def test_a_device_that_is_not_the_current_one():
 def test_triton_is_the_backend_on_cuda(monkeypatch):
     monkeypatch.delenv('SN_BACKEND', raising=False)
     monkeypatch.setattr(passes, 'runs_on', lambda device: True)
-    assert function._backend_on(torch.device('cuda')) is passes
-    assert function._backend_on(torch.device('cpu')) is native
+    assert function._backend_for(torch.device('cuda'), torch.float32) is passes
+    assert function._backend_for(torch.device('cpu'), torch.float16) is native
 
 
 def test_native_stands_in_with_one_warning(monkeypatch):
@@ -367,10 +367,10 @@ def test_native_stands_in_with_one_warning(monkeypatch):
     monkeypatch.setattr(function, '_triton', lambda: None)
     function._warn_once.cache_clear()
     with pytest.warns(UserWarning, match='pip install triton'):
-        assert function._backend_on(torch.device('cuda')) is native
+        assert function._backend_for(torch.device('cuda'), torch.float32) is native
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        assert function._backend_on(torch.device('cuda')) is native
+        assert function._backend_for(torch.device('cuda'), torch.float32) is native
 
 
 def test_impossible_choices_are_errors(monkeypatch):

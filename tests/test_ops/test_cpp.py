@@ -1,0 +1,164 @@
+"""The C++ passes one by one: at the edges of their blocks and vectors, against float64; and when they are taken."""
+
+import ctypes
+import importlib.util
+import types
+import warnings
+
+import pytest
+import torch
+
+from sn_openmmlab.ops import cpp, function, native, switch_norm
+
+CPU = torch.device('cpu')
+DTYPES = [torch.float32, torch.bfloat16]
+needs_library = pytest.mark.skipif(not cpp.runs_on(CPU, torch.float32), reason='the installation found no C++ compiler')
+
+
+def maps(n, c, size, dtype, channels_last, seed=0):
+    """Far from zero, as sums of squares dislike it."""
+    x = torch.randn(n, c, size, generator=torch.Generator().manual_seed(seed)).mul(3).add(50).to(dtype)
+    return x.mT.contiguous().mT if channels_last else x
+
+
+def small(n, c, seed):
+    return torch.randn(n, c, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(got, exact, tolerance):
+    assert got.shape == exact.shape
+    assert (got.double() - exact).abs().max() <= tolerance * exact.abs().max().clamp(min=1)
+
+
+@needs_library
+@pytest.mark.parametrize('channels_last', [False, True], ids=['contiguous', 'channels last'])
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('size', [1, 2, 15, 16, 17, 31, 32, 33, 49, 127, 128, 129, 257, 1023, 1024, 1025, 2100])
+@pytest.mark.parametrize('channels', [1, 15, 16, 17, 40])
+def test_passes_equal_float64(channels, size, dtype, channels_last):
+    x, dy = (maps(3, channels, size, dtype, channels_last, seed) for seed in (0, 1))
+    mean, a, b1, b0 = (small(3, channels, seed) for seed in range(2, 6))
+    wide = [t.double() for t in (x, dy, mean[..., None], a[..., None], b1[..., None], b0[..., None])]
+    rounding = 2 * torch.finfo(dtype).eps  # CPUs differ in whether they add without rounding the product
+
+    got_mean, got_var = cpp.moments(x)
+    assert_close(got_mean, wide[0].mean(2), 1e-6)
+    assert_close(got_var, wide[0].var(2, correction=0), 1e-5)
+    h, dh, m, a_, b1_, b0_ = wide
+    y = cpp.affine(x, mean, b1, b0)
+    assert y.dtype == dtype and (channels == 1 or y.stride() == x.stride())
+    assert_close(y, b1_ * (h - m) + b0_, rounding)
+    sum_dy, sum_dyx = cpp.reduce(dy, x, mean)
+    assert_close(sum_dy, dh.sum(2), 3e-6)
+    assert_close(sum_dyx, (dh * (h - m)).sum(2), 3e-6)
+    assert_close(cpp.combine(dy, x, mean, a, b1, b0), a_ * dh + b1_ * (h - m) + b0_, rounding)
+
+
+@needs_library
+@pytest.mark.parametrize('channels_last', [False, True], ids=['contiguous', 'channels last'])
+def test_variance_where_the_first_pixel_or_the_mean_is_far_off(channels_last):
+    """Distances are taken from the first pixel of a block, or, where that lies far from the others, from the mean."""
+    x = maps(2, 20, 3000, torch.float32, channels_last)
+    for change in (lambda t: t[..., :1].add_(1e3), lambda t: t[..., 1500:].sub_(200), lambda t: t.add_(1e4)):
+        x = x.clone()
+        change(x)
+        mean, var = cpp.moments(x)
+        exact = x.double().var(2, correction=0)
+        assert ((var - exact).abs() / exact).max() < 2e-6
+        assert ((mean - x.double().mean(2)).abs() / x.double().mean(2)).max() < 1e-7
+
+
+@needs_library
+@pytest.mark.parametrize('channels_last', [False, True], ids=['contiguous', 'channels last'])
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+def test_results_do_not_depend_on_the_number_of_threads(dtype, channels_last):
+    x, dy = (maps(5, 33, 2000, dtype, channels_last, seed) for seed in (0, 1))
+    coefficients = [small(5, 33, seed) for seed in range(4)]
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in 1, 2, 7:
+            torch.set_num_threads(threads)
+            results.append([*cpp.moments(x), *cpp.reduce(dy, x, coefficients[0]), cpp.combine(dy, x, *coefficients)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+
+
+@needs_library
+@pytest.mark.parametrize('channels_last', [False, True], ids=['contiguous', 'channels last'])
+def test_bfloat16_is_rounded_as_torch_rounds(channels_last):
+    """To the nearest, ties to even, up to infinity, with NaN kept: all that float32 can be, in steps of 2^12."""
+    bits = torch.arange(-(2**31), 2**31, 2**12).to(torch.int32)
+    s = bits.view(torch.float32).view(1, -1)
+    zero = torch.zeros(1, s.shape[1], 1, dtype=torch.bfloat16)
+    x = zero.expand(-1, -1, 17).contiguous()
+    x = x.mT.contiguous().mT if channels_last else x
+    y = cpp.affine(x, torch.zeros_like(s), torch.ones_like(s), s)
+    torch.testing.assert_close(y, s.to(torch.bfloat16)[..., None].expand_as(y), rtol=0, atol=0, equal_nan=True)
+
+
+@needs_library
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+def test_nan_stays_in_its_map(dtype):
+    x = maps(2, 3, 40, dtype, False)
+    x[1, 2, 7] = float('nan')
+    x[0, 1, 39] = float('inf')
+    for moment in cpp.moments(x):
+        assert moment.isfinite().equal(torch.tensor([[True, False, True], [True, True, False]]))
+
+
+@needs_library
+def test_other_default_devices_do_not_matter():
+    x, logits = torch.randn(2, 4, 5, 5).to(memory_format=torch.channels_last), torch.ones(3)
+    expected = switch_norm(x, logits, logits)
+    with torch.device('meta'):
+        torch.testing.assert_close(switch_norm(x, logits, logits), expected, rtol=0, atol=0)
+
+
+# Which backend is chosen
+
+
+@needs_library
+def test_cpp_is_the_backend_on_the_cpu(monkeypatch):
+    monkeypatch.delenv('SN_BACKEND', raising=False)
+    assert all(function._backend_for(CPU, dtype) is cpp for dtype in DTYPES)
+    assert all(function._backend_for(CPU, dtype) is native for dtype in (torch.float16, torch.float64))
+    monkeypatch.setenv('SN_BACKEND', 'native')
+    assert function._backend_for(CPU, torch.float32) is native
+
+
+def test_an_impossible_choice_is_an_error(monkeypatch):
+    monkeypatch.setenv('SN_BACKEND', 'cpp')
+    with pytest.raises(RuntimeError, match="'cpp'.*float64 on cpu.*float32 and bfloat16.*compiler"):
+        switch_norm(torch.zeros(2, 6).double(), torch.ones(3).double(), torch.ones(3).double())
+
+
+@pytest.fixture
+def fresh():
+    """The library is looked for anew, and again after the test."""
+    cpp._library.cache_clear()
+    yield
+    cpp._library.cache_clear()
+
+
+def test_without_a_library_native_serves_silently(monkeypatch, fresh):
+    monkeypatch.delenv('SN_BACKEND', raising=False)
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert function._backend_for(CPU, torch.float32) is native
+
+
+def test_a_library_that_cannot_be_loaded_is_said_once(monkeypatch, fresh, tmp_path):
+    monkeypatch.delenv('SN_BACKEND', raising=False)
+    broken = tmp_path / '_passes.so'
+    broken.write_bytes(b'not a library')
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: types.SimpleNamespace(origin=str(broken)))
+    with pytest.raises(OSError):
+        ctypes.CDLL(str(broken))
+    with pytest.warns(UserWarning, match='cannot be loaded: .*_passes.so.*Install sn_openmmlab anew'):
+        assert function._backend_for(CPU, torch.float32) is native
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert function._backend_for(CPU, torch.float32) is native
