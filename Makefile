@@ -11,7 +11,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint requirements/constr
 setup: $(STAMP)
 
 # onedl-mmcv compiles for 10 to 16 minutes on 2 cores; pip's wheel cache serves it after that
-$(STAMP): $(wildcard requirements/*.txt) setup.py pyproject.toml sn_openmmlab/ops/passes.cpp
+$(STAMP): $(wildcard requirements/*.txt) setup.py pyproject.toml $(wildcard sn_openmmlab/ops/*.cpp sn_openmmlab/ops/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(INSTALL) torch
 	$(INSTALL) --requirement requirements/build.txt

@@ -40,12 +40,13 @@ def libraries() -> list[Extension]:
     if os.name != 'posix':
         return []
     openmp = ['-fopenmp'] if sys.platform != 'darwin' else []
-    flags = ['-std=c++17', '-O3', '-g0', '-Wno-psabi', '-Wno-unknown-pragmas', *openmp]
+    flags = ['-std=c++17', '-O3', '-g0', '-fno-math-errno', '-fno-trapping-math', '-Wno-psabi', '-Wno-unknown-pragmas']
     return [
         Extension(
-            'sn_openmmlab.ops._passes',
-            ['sn_openmmlab/ops/passes.cpp'],
-            extra_compile_args=flags,
+            'sn_openmmlab.ops._cpp',
+            ['sn_openmmlab/ops/algebra.cpp', 'sn_openmmlab/ops/passes.cpp'],
+            depends=['sn_openmmlab/ops/parallel.h'],
+            extra_compile_args=[*flags, *openmp],
             extra_link_args=openmp,
             language='c++',
             optional=True,

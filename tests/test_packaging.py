@@ -81,7 +81,7 @@ def files(folder):
 
 def libraries(folder):
     """The libraries of compiled code, relative to the package in ``folder``."""
-    return {p.relative_to(folder / 'sn_openmmlab').as_posix() for p in folder.glob('sn_openmmlab/ops/_passes.*')}
+    return {p.relative_to(folder / 'sn_openmmlab').as_posix() for p in folder.glob('sn_openmmlab/ops/_cpp.*')}
 
 
 def test_the_wheel_carries_package_configs_and_tools(wheel, source, tmp_path):
@@ -94,7 +94,7 @@ def test_the_wheel_carries_package_configs_and_tools(wheel, source, tmp_path):
     assert metafiles and all((mim / metafile).is_file() for metafile in metafiles)
     ours, theirs = (files(folder / 'sn_openmmlab') for folder in (tmp_path, source))
     assert {p for p in ours if not p.startswith('.mim')} == {
-        p for p in theirs | libraries(tmp_path) if not p.startswith('.mim') and p != 'ops/passes.cpp'
+        p for p in theirs | libraries(tmp_path) if not p.startswith('.mim') and not p.endswith(('.cpp', '.h'))
     }
     assert {p.name for p in tmp_path.iterdir()} == {'sn_openmmlab', f'sn_openmmlab-{__version__}.dist-info'}
 

@@ -1,25 +1,21 @@
 """The four big passes in C++: for the CPU, in float32 and bfloat16, where the install could compile them.
 
-``passes.cpp`` gets pointers and sizes, and knows nothing of torch: compiled once, it serves every version of torch.
-Maps, moments and coefficients are those of :mod:`.native`.
+``passes.cpp`` and ``algebra.cpp`` get pointers and sizes, and know nothing of torch: compiled once, they serve every
+version of torch. Maps, moments and coefficients are those of :mod:`.native`.
 """
-
-import ctypes
-import functools
-import importlib.util
-import warnings
 
 import torch
 from torch import Tensor
 
-from . import algebra  # noqa: F401  (part of a backend's interface)
+from . import cpp_algebra as algebra  # noqa: F401  (part of a backend's interface)
+from .cpp_algebra import library, pointer
 
 _PART = 128  # pixels of a channels-last sample that are summed at a time, as in passes.cpp
 
 
 def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether there is a library, for such tensors."""
-    return device.type == 'cpu' and dtype in (torch.float32, torch.bfloat16) and _library() is not None
+    return device.type == 'cpu' and dtype in (torch.float32, torch.bfloat16) and library() is not None
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,39 +42,19 @@ def _sums(x: Tensor, dy: Tensor | None = None, mean: Tensor | None = None) -> tu
     n, c, size = x.shape
     first, second = x.new_empty((2, n, c), dtype=torch.float32).unbind()
     scratch = None if x.is_contiguous() else x.new_empty(n * -(-size // _PART) * 3 * c, dtype=torch.float32)
-    _call(_library().sn_sums, x, x, dy, mean, first, second, scratch)
+    _call(library().sn_sums, x, x, dy, mean, first, second, scratch)
     return first, second
 
 
 def _combine(x, mean, b1, b0, dy=None, a=None) -> Tensor:
     out = torch.empty_like(x)
     small = [None if t is None else t.contiguous() for t in (mean, a, b1, b0)]
-    _call(_library().sn_combine, x, x, dy, out, *small)
+    _call(library().sn_combine, x, x, dy, out, *small)
     return out
 
 
 def _call(function, x: Tensor, *tensors: Tensor | None) -> None:
     """Call with the tensors, and with what says how ``x`` is stored."""
-    pointers = [None if t is None else t.data_ptr() for t in tensors]
-    function(*pointers, *x.shape, not x.is_contiguous(), x.dtype == torch.bfloat16, torch.get_num_threads())
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    """What setup.py compiled; None where it could not, or where it cannot be loaded."""
-    spec = importlib.util.find_spec(f'{__package__}._passes')
-    if spec is None:
-        return None
-    try:
-        library = ctypes.CDLL(spec.origin)
-    except OSError as error:
-        warnings.warn(
-            f'SwitchNorm takes slower kernels of torch, since its own cannot be loaded: {error}. Install sn_openmmlab '
-            'anew, where it is to run',
-            stacklevel=6,
-        )
-        return None
-    for function, pointers in (library.sn_sums, 6), (library.sn_combine, 7):
-        sizes = [ctypes.c_int64] * 3 + [ctypes.c_int] * 2 + [ctypes.c_int64]
-        function.argtypes, function.restype = [ctypes.c_void_p] * pointers + sizes, None
-    return library
+    function(
+        *map(pointer, tensors), *x.shape, not x.is_contiguous(), x.dtype == torch.bfloat16, torch.get_num_threads()
+    )

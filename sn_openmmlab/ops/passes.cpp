@@ -1,5 +1,5 @@
 // The four big passes for the CPU, in float32 and bfloat16. ops/cpp.py calls the two functions at the end by ctypes,
-// with plain pointers; as the Python module _passes, which the install builds, the library is empty.
+// with plain pointers; as the Python module _cpp, which the install builds, the library is empty.
 //
 // A sample's maps, of `size` pixels each, lie one after the other or, channels last, as `size` rows of `channels`
 // numbers. Moments, sums and coefficients are float32, (samples, channels). Sums run in float32 over blocks of fixed
@@ -7,23 +7,15 @@
 
 #include <Python.h>
 
-#include <algorithm>
-#include <cstdint>
 #include <cstring>
 
-#define INLINE inline __attribute__((always_inline))
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
-#define FOR_EACH_CPU __attribute__((target_clones("default", "avx2", "avx512f")))  // chosen as the library is loaded
-#else
-#define FOR_EACH_CPU
-#endif
+#include "parallel.h"
 
 namespace {
 
 constexpr int64_t LANES = 16;
-constexpr int64_t BLOCK = 1024;   // pixels of a map that are summed in float32
-constexpr int64_t PART = 128;     // the same, channels last
-constexpr int64_t GRAIN = 32768;  // elements that are worth a thread, as to torch
+constexpr int64_t BLOCK = 1024;  // pixels of a map that are summed in float32
+constexpr int64_t PART = 128;    // the same, channels last
 
 typedef uint16_t BFloat16;
 typedef float Vector __attribute__((vector_size(4 * LANES)));
@@ -42,6 +34,7 @@ struct Maps {
 
     int64_t parts_of_sample() const { return (size + PART - 1) / PART; }
     int64_t length_of_part(int64_t i) const { return std::min(PART, size - i * PART); }
+    int64_t elements() const { return samples * channels * size; }
     int64_t groups() const { return (channels + LANES - 1) / LANES; }
     int64_t tasks() const { return samples * (channels_last ? parts_of_sample() : channels); }
 };
@@ -312,13 +305,6 @@ FOR_EACH_CPU void join(const Maps& m, int64_t begin, int64_t end) { join_parts(m
 FOR_EACH_CPU void combine_float(const Maps& m, int64_t begin, int64_t end) { combine_tasks<float>(m, begin, end); }
 FOR_EACH_CPU void combine_half(const Maps& m, int64_t begin, int64_t end) { combine_tasks<BFloat16>(m, begin, end); }
 
-// Each thread takes a run of tasks. The threads are torch's: the process has loaded its OpenMP before this library.
-void run(void kernel(const Maps&, int64_t, int64_t), const Maps& m, int64_t tasks, int64_t threads) {
-    threads = std::min({threads, tasks, m.samples * m.channels * m.size / GRAIN + 1});
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < threads; ++i) kernel(m, tasks * i / threads, tasks * (i + 1) / threads);
-}
-
 }  // namespace
 
 extern "C" {
@@ -329,8 +315,8 @@ void sn_sums(const void* x, const void* dy, const float* mean, float* first, flo
              int64_t samples, int64_t channels, int64_t size, int channels_last, int bfloat16, int64_t threads) {
     const Maps m = {x,     dy,     nullptr, mean,    nullptr,  nullptr, nullptr,
                     first, second, parts,   samples, channels, size,    bool(channels_last)};
-    run(bfloat16 ? sum_half : sum_float, m, m.tasks(), threads);
-    if (channels_last) run(join, m, samples * m.groups(), threads);
+    run(bfloat16 ? sum_half : sum_float, m, m.tasks(), m.elements(), threads);
+    if (channels_last) run(join, m, samples * m.groups(), 3 * samples * m.parts_of_sample() * channels, threads);
 }
 
 // Without dy, pass 2: b1*(x - mean) + b0. With dy, pass 4: a*dy + b1*(x - mean) + b0.
@@ -339,14 +325,14 @@ void sn_combine(const void* x, const void* dy, void* out, const float* mean, con
                 int64_t threads) {
     const Maps m = {x,       dy,      out,     mean,    a,        b1,   b0,
                     nullptr, nullptr, nullptr, samples, channels, size, bool(channels_last)};
-    run(bfloat16 ? combine_half : combine_float, m, m.tasks(), threads);
+    run(bfloat16 ? combine_half : combine_float, m, m.tasks(), m.elements(), threads);
 }
 
 }  // extern "C"
 
-PyMODINIT_FUNC PyInit__passes() {
+PyMODINIT_FUNC PyInit__cpp() {
     static PyModuleDef module = {};
     module.m_base = PyModuleDef_HEAD_INIT;
-    module.m_name = "_passes";
+    module.m_name = "_cpp";
     return PyModule_Create(&module);
 }

@@ -1,0 +1,137 @@
+"""The algebra of :mod:`.algebra` in C++: one call each way, so that small layers do not wait for many small operations.
+
+Arguments and names are those of :mod:`.algebra`; joint moments are float64. Sums over a process group go there.
+"""
+
+import ctypes
+import functools
+import importlib.util
+import warnings
+
+import torch
+from torch import Tensor
+
+from . import algebra
+
+
+class _Algebra(ctypes.Structure):
+    """As in algebra.cpp."""
+
+    _numbers = 'samples', 'channels', 'size', 'threads', 'in_', 'ln', 'bn', 'frozen'
+    _inputs = 'mean', 'var', 'mean_logits', 'var_logits', 'weight', 'bias', 'mean_ln', 'var_ln', 'mean_bn', 'var_bn'
+    _forward = 'a', 's'
+    _backward = (
+        'sum_dy',
+        'sum_dyx',
+        'b1',
+        'b0',
+        'dmean_logits',
+        'dvar_logits',
+        'dweight',
+        'dbias',
+        'rows',
+        'dmean',
+        'dvar',
+    )
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _numbers),
+        ('eps', ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in (*_inputs, *_forward, *_backward)),
+        ('ratios', ctypes.c_double * 6),
+    ]
+
+
+def forward(
+    mean_in, var_in, mean_bn, var_bn, mean_weight, var_weight, weight, bias, normalizers, eps, size, group
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...], Tensor | int | None]:
+    """Coefficients of the forward pass from IN moments: see :func:`.algebra.forward`."""
+    if group is not None:
+        return algebra.forward(
+            mean_in, var_in, mean_bn, var_bn, mean_weight, var_weight, weight, bias, normalizers, eps, size, group
+        )
+    (n, c), count = mean_in.shape, None
+    joint = mean_in.new_empty(2 * (n + c), dtype=torch.float64)
+    if 'bn' in normalizers:
+        _, *bn = joint.split([2 * n, c, c])
+        if mean_bn is None:
+            (mean_bn, var_bn), count = bn, n * size
+        else:
+            bn[0].copy_(mean_bn)
+            bn[1].copy_(var_bn)
+    a, s = mean_in.new_empty((2, n, c)).unbind()
+    given = mean_in, var_in, mean_weight, var_weight, weight, bias
+    _run('sn_forward', given, joint, normalizers, eps, size, count is None, a=a, s=s)
+    return a, s, (mean_in, var_in, mean_bn, var_bn, joint), count
+
+
+def backward(
+    sum_dy, sum_dyx, saved, mean_weight, var_weight, weight, normalizers, eps, size, count, group
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Coefficients of the backward pass, and the gradients of everything small: see :func:`.algebra.backward`."""
+    if group is not None:
+        return algebra.backward(
+            sum_dy, sum_dyx, saved, mean_weight, var_weight, weight, normalizers, eps, size, count, group
+        )
+    mean_in, var_in, _, _, joint = saved
+    (n, c), k = mean_in.shape, len(normalizers)
+    a, b1, b0 = mean_in.new_empty((3, n, c)).unbind()
+    dmean_logits, dvar_logits, dweight, dbias = mean_in.new_empty(2 * (k + c)).split([k, k, c, c])
+    rows, dmean, dvar = joint.new_empty(6 * n + 2 * c).split([6 * n, c, c])
+    given = mean_in, var_in, mean_weight, var_weight, weight, None
+    _run(
+        'sn_backward', given, joint, normalizers, eps, size, count is None,
+        a=a, sum_dy=sum_dy, sum_dyx=sum_dyx, b1=b1, b0=b0, dmean_logits=dmean_logits, dvar_logits=dvar_logits,
+        dweight=dweight, dbias=dbias, rows=rows, dmean=dmean, dvar=dvar,
+    )  # fmt: skip
+    return a, b1, b0, dmean_logits, dvar_logits, dweight, dbias
+
+
+def _run(name: str, given, joint: Tensor, normalizers, eps, size, frozen, **tensors: Tensor) -> None:
+    given = [None if t is None else _dense(t) for t in given]
+    n, c = given[0].shape
+    at = joint.data_ptr()
+    t = _Algebra(n, c, size, torch.get_num_threads(), *_places(normalizers), frozen, eps, *map(pointer, given))
+    t.mean_ln, t.var_ln, t.mean_bn, t.var_bn = at, at + 8 * n, at + 16 * n, at + 16 * n + 8 * c
+    for field, tensor in tensors.items():
+        setattr(t, field, tensor.data_ptr())
+    getattr(library(), name)(ctypes.byref(t))
+
+
+def _dense(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float32 and t.is_contiguous() else t.float().contiguous()
+
+
+@functools.cache
+def _places(normalizers: tuple[str, ...]) -> list[int]:
+    return [normalizers.index(name) if name in normalizers else -1 for name in ('in', 'ln', 'bn')]
+
+
+def pointer(t: Tensor | None) -> int | None:
+    """Where the elements of a tensor lie."""
+    return None if t is None else t.data_ptr()
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """What setup.py compiled; None where it could not, or where it cannot be loaded."""
+    spec = importlib.util.find_spec(f'{__package__}._cpp')
+    if spec is None:
+        return None
+    try:
+        library = ctypes.CDLL(spec.origin)
+    except OSError as error:
+        warnings.warn(
+            f'SwitchNorm takes slower kernels of torch, since its own cannot be loaded: {error}. Install sn_openmmlab '
+            'anew, where it is to run',
+            stacklevel=6,
+        )
+        return None
+    sizes = [ctypes.c_int64] * 3 + [ctypes.c_int] * 2 + [ctypes.c_int64]
+    for function, arguments in (
+        (library.sn_sums, [ctypes.c_void_p] * 6 + sizes),
+        (library.sn_combine, [ctypes.c_void_p] * 7 + sizes),
+        (library.sn_forward, [ctypes.POINTER(_Algebra)]),
+        (library.sn_backward, [ctypes.POINTER(_Algebra)]),
+    ):
+        function.argtypes, function.restype = arguments, None
+    return library
