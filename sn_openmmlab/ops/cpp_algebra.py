@@ -15,28 +15,16 @@ from . import algebra
 
 
 class _Algebra(ctypes.Structure):
-    """As in algebra.cpp."""
+    """What algebra.cpp works on, field by field as there."""
 
-    _numbers = 'samples', 'channels', 'size', 'threads', 'in_', 'ln', 'bn', 'frozen'
-    _inputs = 'mean', 'var', 'mean_logits', 'var_logits', 'weight', 'bias', 'mean_ln', 'var_ln', 'mean_bn', 'var_bn'
-    _forward = 'a', 's'
-    _backward = (
-        'sum_dy',
-        'sum_dyx',
-        'b1',
-        'b0',
-        'dmean_logits',
-        'dvar_logits',
-        'dweight',
-        'dbias',
-        'rows',
-        'dmean',
-        'dvar',
-    )
+    _numbers = 'samples channels size threads in_ ln bn frozen'
+    _inputs = 'mean var mean_logits var_logits weight bias mean_ln var_ln mean_bn var_bn'
+    _forward = 'a s'
+    _backward = 'sum_dy sum_dyx b1 b0 dmean_logits dvar_logits dweight dbias rows dmean dvar'
     _fields_ = [
-        *((name, ctypes.c_int64) for name in _numbers),
+        *((name, ctypes.c_int64) for name in _numbers.split()),
         ('eps', ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in (*_inputs, *_forward, *_backward)),
+        *((name, ctypes.c_void_p) for name in f'{_inputs} {_forward} {_backward}'.split()),
         ('ratios', ctypes.c_double * 6),
     ]
 
