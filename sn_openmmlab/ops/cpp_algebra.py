@@ -7,11 +7,14 @@ import ctypes
 import functools
 import importlib.util
 import warnings
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from . import algebra
+
+_SOURCES = [Path(__file__).with_name(name) for name in ('passes.cpp', 'algebra.cpp', 'parallel.h')]  # not in a wheel
 
 
 class _Algebra(ctypes.Structure):
@@ -101,11 +104,14 @@ def pointer(t: Tensor | None) -> int | None:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """What setup.py compiled; None where it could not, or where it cannot be loaded."""
+    """What setup.py compiled; None where it could not, where it cannot be loaded, or where it is out of date."""
     spec = importlib.util.find_spec(f'{__package__}._cpp')
     if spec is None:
         return None
     try:
+        compiled = Path(spec.origin).stat().st_mtime
+        if any(source.stat().st_mtime > compiled for source in _SOURCES if source.exists()):
+            raise OSError('the C++ code of this editable install has changed since it was compiled')
         library = ctypes.CDLL(spec.origin)
     except OSError as error:
         warnings.warn(

@@ -215,8 +215,20 @@ def test_a_library_that_cannot_be_loaded_is_said_once(monkeypatch, fresh, tmp_pa
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: types.SimpleNamespace(origin=str(broken)))
     with pytest.raises(OSError):
         ctypes.CDLL(str(broken))
+    monkeypatch.setattr(cpp.algebra, '_SOURCES', [])
     with pytest.warns(UserWarning, match='cannot be loaded: .*_cpp.so.*Install sn_openmmlab anew'):
         assert function._backend_for(CPU, torch.float32) is native
     with warnings.catch_warnings():
         warnings.simplefilter('error')
+        assert function._backend_for(CPU, torch.float32) is native
+
+
+@needs_library
+def test_a_library_older_than_its_code_is_not_taken(monkeypatch, fresh, tmp_path):
+    """After ``git pull`` in an editable install, its functions may want other arguments."""
+    monkeypatch.delenv('SN_BACKEND', raising=False)
+    new = tmp_path / 'passes.cpp'
+    new.touch()
+    monkeypatch.setattr(cpp.algebra, '_SOURCES', [new, tmp_path / 'not in a wheel.cpp'])
+    with pytest.warns(UserWarning, match='has changed since it was compiled. Install sn_openmmlab anew'):
         assert function._backend_for(CPU, torch.float32) is native
