@@ -62,7 +62,7 @@ def draw(parser: argparse.ArgumentParser, args: argparse.Namespace, cfg: Config,
     if hook is None:
         kind = {'mmdet': 'DetVisualizationHook', 'mmseg': 'SegVisualizationHook'}[scope]
         parser.error(f'--show and --show-dir need default_hooks=dict(visualization=dict(type={kind!r})) in the config')
-    hook.draw = True
+    hook.draw, hook.interval = True, 1  # mmseg 1.2 draws every 50th image otherwise
     if args.show:
         hook.show, hook.wait_time = True, args.wait_time
     if args.show_dir is None:
