@@ -5,6 +5,7 @@
 // distances between means do not cancel.
 
 #include <cmath>
+#include <memory>
 
 #include "parallel.h"
 
@@ -22,20 +23,39 @@ struct Row {  // sums over the channels of a sample
     double dvar_in, dvar_bn;    // of dvar times the variance
 };
 
-struct Algebra {  // as in cpp_algebra.py
+struct Arguments {  // as in cpp_algebra.py
     int64_t samples, channels, size, threads;
     int64_t in, ln, bn;  // the normalizers' places among the logits, -1 for what takes no part
     int64_t frozen;      // whether the BN moments are constants
     double eps;
     const float *mean, *var, *mean_logits, *var_logits;
-    const float *weight, *bias;                   // null for 1 and 0
-    double *mean_ln, *var_ln, *mean_bn, *var_bn;  // joint moments, (samples) and (channels)
-    float *a, *s;                                 // of forward
-    const float *sum_dy, *sum_dyx;                // of backward, as all that follows
+    const float *weight, *bias;     // null for 1 and 0
+    double* joint;                  // joint moments: means and variances of LN (samples), and of BN (channels)
+    float *a, *s;                   // of forward
+    const float *sum_dy, *sum_dyx;  // of backward, as all that follows
     float *b1, *b0, *dmean_logits, *dvar_logits, *dweight, *dbias;
-    Row* rows;                       // scratch, (samples)
-    double *dmean, *dvar;            // scratch, sums over samples (channels)
-    Ratios mean_ratios, var_ratios;  // set here
+};
+
+Ratios softmax(const Arguments& t, const float* logits) {
+    double highest = -INFINITY;
+    for (int64_t place : {t.in, t.ln, t.bn})
+        if (place >= 0) highest = std::max<double>(highest, logits[place]);
+    auto power = [&](int64_t place) { return place < 0 ? 0 : std::exp(logits[place] - highest); };
+    const double in = power(t.in), ln = power(t.ln), bn = power(t.bn), sum = in + ln + bn;
+    return {in / sum, ln / sum, bn / sum};
+}
+
+struct Algebra : Arguments {
+    Ratios mean_ratios, var_ratios;
+    double *mean_ln, *var_ln, *mean_bn, *var_bn;
+    Row* rows = nullptr;                       // of backward, (samples)
+    double *dmean = nullptr, *dvar = nullptr;  // of backward, sums over samples (channels)
+
+    explicit Algebra(const Arguments& given) : Arguments(given) {
+        mean_ratios = softmax(given, mean_logits), var_ratios = softmax(given, var_logits);
+        mean_ln = joint, var_ln = mean_ln + samples, mean_bn = var_ln + samples, var_bn = mean_bn + channels;
+    }
+    int64_t elements() const { return samples * channels; }
 };
 
 INLINE float shift_at(const Algebra& t, int64_t n, int64_t c) {
@@ -169,15 +189,6 @@ FOR_EACH_CPU void coefficients(const Algebra& t, int64_t begin, int64_t end) {
     }
 }
 
-Ratios softmax(const Algebra& t, const float* logits) {
-    double highest = -INFINITY;
-    for (int64_t place : {t.in, t.ln, t.bn})
-        if (place >= 0) highest = std::max<double>(highest, logits[place]);
-    auto power = [&](int64_t place) { return place < 0 ? 0 : std::exp(logits[place] - highest); };
-    const double in = power(t.in), ln = power(t.ln), bn = power(t.bn), sum = in + ln + bn;
-    return {in / sum, ln / sum, bn / sum};
-}
-
 void softmax_backward(const Algebra& t, Ratios ratios, Ratios dratios, double scale, float* dlogits) {
     const double joint = ratios.in * dratios.in + ratios.ln * dratios.ln + ratios.bn * dratios.bn;
     if (t.in >= 0) dlogits[t.in] = scale * ratios.in * (dratios.in - joint);
@@ -190,27 +201,28 @@ void softmax_backward(const Algebra& t, Ratios ratios, Ratios dratios, double sc
 extern "C" {
 
 // a and s. Joint moments are written, but for BN's where frozen.
-void sn_forward(Algebra& t) {
-    t.mean_ratios = softmax(t, t.mean_logits), t.var_ratios = softmax(t, t.var_logits);
-    const int64_t elements = t.samples * t.channels;
+void sn_forward(const Arguments& given) {
+    const Algebra t(given);
     if (t.ln < 0)
-        std::fill_n(t.mean_ln, t.samples, 0.), std::fill_n(t.var_ln, t.samples, 0.);
+        std::fill_n(t.mean_ln, 2 * t.samples, 0.);
     else
-        run(pool_rows, t, t.samples, elements, t.threads);
+        run(pool_rows, t, t.samples, t.elements(), t.threads);
     if (t.bn < 0)
-        std::fill_n(t.mean_bn, t.channels, 0.), std::fill_n(t.var_bn, t.channels, 0.);
+        std::fill_n(t.mean_bn, 2 * t.channels, 0.);
     else if (!t.frozen)
-        run(pool_columns, t, t.channels, elements, t.threads);
-    run(blend, t, t.samples, elements, t.threads);
+        run(pool_columns, t, t.channels, t.elements(), t.threads);
+    run(blend, t, t.samples, t.elements(), t.threads);
 }
 
 // a, b1, b0, and the gradients of what is small.
-void sn_backward(Algebra& t) {
-    t.mean_ratios = softmax(t, t.mean_logits), t.var_ratios = softmax(t, t.var_logits);
-    const int64_t elements = t.samples * t.channels;
-    run(sum_rows, t, t.samples, elements, t.threads);
-    run(sum_columns, t, t.channels, elements, t.threads);
-    run(coefficients, t, t.samples, elements, t.threads);
+void sn_backward(const Arguments& given) {
+    Algebra t(given);
+    const std::unique_ptr<Row[]> rows(new Row[t.samples]);
+    const std::unique_ptr<double[]> columns(new double[2 * t.channels]);
+    t.rows = rows.get(), t.dmean = columns.get(), t.dvar = t.dmean + t.channels;
+    run(sum_rows, t, t.samples, t.elements(), t.threads);
+    run(sum_columns, t, t.channels, t.elements(), t.threads);
+    run(coefficients, t, t.samples, t.elements(), t.threads);
     Ratios dmean = {}, dvar = {};
     for (int64_t n = 0; n < t.samples; ++n) {
         dmean.ln += t.rows[n].dmean_ln;

@@ -10,8 +10,6 @@ from torch import Tensor
 from . import cpp_algebra as algebra  # noqa: F401  (part of a backend's interface)
 from .cpp_algebra import library, pointer
 
-_PART = 128  # pixels of a channels-last sample that are summed at a time, as in passes.cpp
-
 
 def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether there is a library, for such tensors."""
@@ -39,22 +37,19 @@ def combine(dy: Tensor, x: Tensor, mean: Tensor, a: Tensor, b1: Tensor, b0: Tens
 
 
 def _sums(x: Tensor, dy: Tensor | None = None, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    n, c, size = x.shape
-    first, second = x.new_empty((2, n, c), dtype=torch.float32).unbind()
-    scratch = None if x.is_contiguous() else x.new_empty(n * -(-size // _PART) * 3 * c, dtype=torch.float32)
-    _call(library().sn_sums, x, x, dy, mean, first, second, scratch)
+    first, second = x.new_empty((2, *x.shape[:2]), dtype=torch.float32).unbind()
+    _call(library().sn_sums, x, dy, mean, first, second)
     return first, second
 
 
 def _combine(x, mean, b1, b0, dy=None, a=None) -> Tensor:
     out = torch.empty_like(x)
     small = [None if t is None else t.contiguous() for t in (mean, a, b1, b0)]
-    _call(library().sn_combine, x, x, dy, out, *small)
+    _call(library().sn_combine, x, dy, out, *small)
     return out
 
 
-def _call(function, x: Tensor, *tensors: Tensor | None) -> None:
+def _call(function, x: Tensor, *others: Tensor | None) -> None:
     """Call with the tensors, and with what says how ``x`` is stored."""
-    function(
-        *map(pointer, tensors), *x.shape, not x.is_contiguous(), x.dtype == torch.bfloat16, torch.get_num_threads()
-    )
+    storage = *x.shape, not x.is_contiguous(), x.dtype == torch.bfloat16
+    function(*map(pointer, (x, *others)), *storage, torch.get_num_threads())

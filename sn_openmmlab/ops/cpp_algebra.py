@@ -17,18 +17,17 @@ from . import algebra
 _SOURCES = [Path(__file__).with_name(name) for name in ('passes.cpp', 'algebra.cpp', 'parallel.h')]  # not in a wheel
 
 
-class _Algebra(ctypes.Structure):
-    """What algebra.cpp works on, field by field as there."""
+class _Arguments(ctypes.Structure):
+    """What algebra.cpp is given, field by field as there."""
 
     _numbers = 'samples channels size threads in_ ln bn frozen'
-    _inputs = 'mean var mean_logits var_logits weight bias mean_ln var_ln mean_bn var_bn'
+    _inputs = 'mean var mean_logits var_logits weight bias joint'
     _forward = 'a s'
-    _backward = 'sum_dy sum_dyx b1 b0 dmean_logits dvar_logits dweight dbias rows dmean dvar'
+    _backward = 'sum_dy sum_dyx b1 b0 dmean_logits dvar_logits dweight dbias'
     _fields_ = [
         *((name, ctypes.c_int64) for name in _numbers.split()),
         ('eps', ctypes.c_double),
         *((name, ctypes.c_void_p) for name in f'{_inputs} {_forward} {_backward}'.split()),
-        ('ratios', ctypes.c_double * 6),
     ]
 
 
@@ -67,25 +66,22 @@ def backward(
     (n, c), k = mean_in.shape, len(normalizers)
     a, b1, b0 = mean_in.new_empty((3, n, c)).unbind()
     dmean_logits, dvar_logits, dweight, dbias = mean_in.new_empty(2 * (k + c)).split([k, k, c, c])
-    rows, dmean, dvar = joint.new_empty(6 * n + 2 * c).split([6 * n, c, c])
     given = mean_in, var_in, mean_weight, var_weight, weight, None
     _run(
         'sn_backward', given, joint, normalizers, eps, size, count is None,
         a=a, sum_dy=sum_dy, sum_dyx=sum_dyx, b1=b1, b0=b0, dmean_logits=dmean_logits, dvar_logits=dvar_logits,
-        dweight=dweight, dbias=dbias, rows=rows, dmean=dmean, dvar=dvar,
+        dweight=dweight, dbias=dbias,
     )  # fmt: skip
     return a, b1, b0, dmean_logits, dvar_logits, dweight, dbias
 
 
 def _run(name: str, given, joint: Tensor, normalizers, eps, size, frozen, **tensors: Tensor) -> None:
     given = [None if t is None else _dense(t) for t in given]
-    n, c = given[0].shape
-    at = joint.data_ptr()
-    t = _Algebra(n, c, size, torch.get_num_threads(), *_places(normalizers), frozen, eps, *map(pointer, given))
-    t.mean_ln, t.var_ln, t.mean_bn, t.var_bn = at, at + 8 * n, at + 16 * n, at + 16 * n + 8 * c
+    numbers = *given[0].shape, size, torch.get_num_threads(), *_places(normalizers), frozen, eps
+    arguments = _Arguments(*numbers, *map(pointer, (*given, joint)))
     for field, tensor in tensors.items():
-        setattr(t, field, tensor.data_ptr())
-    getattr(library(), name)(ctypes.byref(t))
+        setattr(arguments, field, tensor.data_ptr())
+    getattr(library(), name)(ctypes.byref(arguments))
 
 
 def _dense(t: Tensor) -> Tensor:
@@ -122,10 +118,10 @@ def library() -> ctypes.CDLL | None:
         return None
     sizes = [ctypes.c_int64] * 3 + [ctypes.c_int] * 2 + [ctypes.c_int64]
     for function, arguments in (
-        (library.sn_sums, [ctypes.c_void_p] * 6 + sizes),
+        (library.sn_sums, [ctypes.c_void_p] * 5 + sizes),
         (library.sn_combine, [ctypes.c_void_p] * 7 + sizes),
-        (library.sn_forward, [ctypes.POINTER(_Algebra)]),
-        (library.sn_backward, [ctypes.POINTER(_Algebra)]),
+        (library.sn_forward, [ctypes.POINTER(_Arguments)]),
+        (library.sn_backward, [ctypes.POINTER(_Arguments)]),
     ):
         function.argtypes, function.restype = arguments, None
     return library

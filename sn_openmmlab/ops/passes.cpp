@@ -8,6 +8,7 @@
 #include <Python.h>
 
 #include <cstring>
+#include <memory>
 
 #include "parallel.h"
 
@@ -310,13 +311,15 @@ FOR_EACH_CPU void combine_half(const Maps& m, int64_t begin, int64_t end) { comb
 extern "C" {
 
 // Without dy, pass 1: mean and biased variance of each map. With dy, pass 3: sums of dy and of dy * (x - mean).
-// parts, for channels last: samples * ceil(size / 128) * 3 * channels numbers of scratch.
-void sn_sums(const void* x, const void* dy, const float* mean, float* first, float* second, float* parts,
-             int64_t samples, int64_t channels, int64_t size, int channels_last, int bfloat16, int64_t threads) {
-    const Maps m = {x,     dy,     nullptr, mean,    nullptr,  nullptr, nullptr,
-                    first, second, parts,   samples, channels, size,    bool(channels_last)};
+void sn_sums(const void* x, const void* dy, const float* mean, float* first, float* second, int64_t samples,
+             int64_t channels, int64_t size, int channels_last, int bfloat16, int64_t threads) {
+    Maps m = {x,     dy,     nullptr, mean,    nullptr,  nullptr, nullptr,
+              first, second, nullptr, samples, channels, size,    bool(channels_last)};
+    const int64_t numbers = channels_last ? 3 * samples * m.parts_of_sample() * channels : 0;
+    const std::unique_ptr<float[]> parts(new float[numbers]);
+    m.parts = parts.get();
     run(bfloat16 ? sum_half : sum_float, m, m.tasks(), m.elements(), threads);
-    if (channels_last) run(join, m, samples * m.groups(), 3 * samples * m.parts_of_sample() * channels, threads);
+    if (channels_last) run(join, m, samples * m.groups(), numbers, threads);
 }
 
 // Without dy, pass 2: b1*(x - mean) + b0. With dy, pass 4: a*dy + b1*(x - mean) + b0.
