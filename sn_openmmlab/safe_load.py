@@ -5,15 +5,23 @@ reaches everything, and unpickles what it cannot read. Both save more than tenso
 else is harmless.
 """
 
+from __future__ import annotations
+
 import contextlib
+import functools
 import os
 import pickle
 import re
+from argparse import Namespace
 from collections.abc import Mapping, MutableMapping
 
+import numpy as np
 import torch
+from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
+from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 from mmengine.runner import CheckpointLoader
+from mmengine.runner import checkpoint as mmengine_checkpoint
 from mmengine.utils import digit_version
 from torch import Tensor
 
@@ -76,20 +84,44 @@ def state_dict_in(content: object) -> MutableMapping[str, Tensor]:
 
 
 def read_checkpoints_as_data() -> None:
-    """Make torch refuse code in checkpoints, wherever a config names them, unless the user has set ``TRUST``.
+    """Make torch and mmengine run nothing of a checkpoint, wherever a config names one, unless the user trusts them.
 
     Before torch 2.6, which cannot be told all that is harmless, nothing changes.
     """
-    if os.environ.get(TRUST) or not _can_allow():
+    if trusted() or not _can_allow():
         return
     os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = '1'  # whatever a call to torch.load asks for
-    torch.serialization.add_safe_globals(harmless())
+    torch.serialization.add_safe_globals(_allowed())
     CheckpointLoader.register_scheme('', load_local, force=True)  # '': paths without scheme
+    if hasattr(mmengine_checkpoint, '_safe_torch_load'):  # onedl's, of the other schemes, would allow getattr
+        mmengine_checkpoint._safe_torch_load = load_local
+    if not hasattr(CheckpointLoader.load_checkpoint, '__wrapped__'):
+        CheckpointLoader.load_checkpoint = classmethod(_without_config(CheckpointLoader.load_checkpoint.__func__))
 
 
-def load_local(filename: str, map_location=None) -> dict:
-    """Read a checkpoint file."""
-    return torch.load(os.path.expanduser(filename), map_location=map_location, weights_only=True)
+def trusted() -> bool:
+    """Whether the user has set ``TRUST``, as torch reads it."""
+    return os.environ.get(TRUST, '0').lower() in ('1', 'y', 'yes', 'true')
+
+
+def load_local(file, map_location=None) -> dict:
+    """Read a checkpoint file, given by name or opened."""
+    file = os.path.expanduser(file) if isinstance(file, str) else file
+    return torch.load(file, map_location=map_location, weights_only=True)
+
+
+def _without_config(load):
+    """Let a loader leave out the text of a config in Python, which Runner.resume would run to compare GPU numbers."""
+
+    @functools.wraps(load)
+    def load_checkpoint(*args, **kwargs):
+        content = load(*args, **kwargs)
+        meta = content.get('meta') if isinstance(content, Mapping) else None
+        if isinstance(meta, MutableMapping):
+            meta.pop('config', None)
+        return content
+
+    return load_checkpoint
 
 
 def _can_allow() -> bool:
@@ -101,26 +133,80 @@ def _allowing():
     if not _can_allow():
         return contextlib.nullcontext()
     known = torch.serialization.get_safe_globals()
-    return torch.serialization.safe_globals([each for each in harmless() if each not in known])
+    return torch.serialization.safe_globals([each for each in _allowed() if each not in known])
 
 
-def harmless() -> list:
-    """What mmengine saves beside tensors: log histories, numpy arrays and numbers, as numpy 1 and 2 name them."""
-    import numpy as np
+def _allowed() -> list:
+    return [(stand_in, name) for name, stand_in in HARMLESS.items()]
 
-    multiarray = (np._core if hasattr(np, '_core') else np.core).multiarray
+
+def method(owner: type, name: str):
+    """In place of ``getattr``, by which functions inside a class are named: only those that mmengine saves."""
     functions = {
-        f'numpy.{package}.multiarray.{f.__name__}': f
-        for package in ('core', '_core')
-        for f in (multiarray._reconstruct, multiarray.scalar)
+        HistoryBuffer: ('min', 'max', 'current', 'mean'),
+        OneCycleParamScheduler: ('_annealing_cos', '_annealing_linear'),
     }
-    dtypes = {type(np.dtype(code)) for code in '?' + np.typecodes['AllInteger'] + np.typecodes['Float']}
-    named = {'builtins.getattr': history_method, **functions}
-    return [HistoryBuffer, np.ndarray, np.dtype, *dtypes, *((f, name) for name, f in named.items())]
-
-
-def history_method(owner: type, name: str):
-    """In place of ``getattr``, by which log histories name their own methods: nothing else can be had from it."""
-    if owner is not HistoryBuffer or name.startswith('_'):
+    if not isinstance(owner, type) or name not in functions.get(owner, ()):
         raise pickle.UnpicklingError(f'getattr({owner!r}, {name!r}) in a checkpoint')
     return getattr(owner, name)
+
+
+class Dtype:
+    """In place of ``numpy.dtype``, whose state, in a file, can make pointers of bytes: numbers and text only."""
+
+    def __init__(self, code: str, align: bool = False, copy: bool = False) -> None:
+        if not re.fullmatch(r'[?biufcSU]\d*', str(code)):
+            raise pickle.UnpicklingError(f'class numpy.dtype({code!r}) in a checkpoint')
+        self.numpy = np.dtype(str(code))
+
+    def __setstate__(self, state: tuple) -> None:
+        """Take the order of bytes, the only thing that the code does not tell."""
+        self.numpy = self.numpy.newbyteorder(state[1])
+
+
+class Array(np.ndarray):
+    """In place of ``numpy.ndarray``, which takes any bytes for an array of objects. Saved again, it is an ndarray."""
+
+    def __new__(cls) -> Array:
+        return super().__new__(cls, (0,))
+
+    def __setstate__(self, state: tuple) -> None:
+        *_, shape, dtype, fortran, data = state
+        super().__setstate__((1, shape, dtype.numpy, fortran, data))
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        return self.view(np.ndarray).__reduce_ex__(protocol)
+
+
+def array(*_) -> Array:
+    """In place of numpy's ``_reconstruct``, after which the state comes."""
+    return Array()
+
+
+def scalar(dtype: Dtype, data: bytes) -> np.generic:
+    """In place of numpy's."""
+    return np.frombuffer(data, dtype.numpy)[0]
+
+
+def empty_bytes() -> bytes:
+    """In place of ``bytes``, which old formats name for bytes without length."""
+    return b''
+
+
+# All that a checkpoint may name beside torch's own, and what stands for it: what mmengine's schedulers, optimizer
+# wrappers, hooks and message hub save, and the command line that other libraries keep. Nothing here does more than to
+# hold data, whatever it is called with, since a file may call it with anything.
+HARMLESS = {
+    'argparse.Namespace': Namespace,
+    'builtins.bytes': empty_bytes,
+    'builtins.getattr': method,
+    'mmengine.config.config.ConfigDict': ConfigDict,
+    'mmengine.logging.history_buffer.HistoryBuffer': HistoryBuffer,
+    'mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler': OneCycleParamScheduler,
+    'numpy.dtype': Dtype,
+    'numpy.ndarray': Array,
+    'numpy.core.multiarray._reconstruct': array,  # numpy 1
+    'numpy.core.multiarray.scalar': scalar,
+    'numpy._core.multiarray._reconstruct': array,  # numpy 2
+    'numpy._core.multiarray.scalar': scalar,
+}

@@ -10,12 +10,8 @@ import sys
 from pathlib import Path
 
 import cv2
-import numpy as np
 import pytest
 import torch
-from mmengine.logging import HistoryBuffer
-
-from sn_openmmlab.safe_load import harmless
 
 TOOLS = Path(__file__).parents[1] / 'tools'
 
@@ -239,39 +235,6 @@ def test_a_checkpoint_that_holds_code_is_refused(place):
     out = call(place, sys.executable, TOOLS / 'test.py', 'det.py', 'intruder.pth', fails=True)
     assert 'mkdir' in out and 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1' in out
     assert not (place / 'intruded').exists()
-
-
-@pytest.fixture
-def read(tmp_path, monkeypatch):
-    """Write an object as torch.save does, change the bytes, and read it as the tools do."""
-
-    def read(content, old=b'', new=b''):
-        path = tmp_path / 'saved.pth'
-        torch.save(content, path, _use_new_zipfile_serialization=False)
-        path.write_bytes(re.sub(old, new, path.read_bytes()) if old else path.read_bytes())
-        return torch.load(path)
-
-    monkeypatch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '1')
-    with torch.serialization.safe_globals(harmless()):
-        yield read
-
-
-@pytest.mark.skipif(torch.__version__ < '2.6', reason='torch before 2.6 unpickles')
-class TestReadingCheckpointsAsData:
-    @pytest.mark.parametrize('numpy', [b'numpy.core.', b'numpy._core.'], ids=['numpy 1', 'numpy 2'])
-    def test_what_mmengine_saves_beside_tensors_is_read(self, read, numpy):
-        content = dict(history=HistoryBuffer([0.5, 2.5], [1, 1]), scalar=np.float64(3), ints=np.arange(3))
-        loaded = read(content, rb'numpy\._?core\.', numpy)
-        assert loaded['history'].mean() == 1.5 and loaded['scalar'] == 3 and loaded['ints'].tolist() == [0, 1, 2]
-
-    @pytest.mark.parametrize('reached', [(HistoryBuffer, '__init__'), (np.ndarray, 'tofile')], ids=str)
-    def test_getattr_reaches_nothing_else(self, read, reached):
-        class Reacher:
-            def __reduce__(self):
-                return getattr, reached
-
-        with pytest.raises(pickle.UnpicklingError, match=reached[1]):
-            read(Reacher())
 
 
 @pytest.fixture
