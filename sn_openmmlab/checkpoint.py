@@ -74,8 +74,9 @@ def convert(
         target (str, optional): 'mmdet', 'mmseg' or 'mmpretrain'. A backbone alone has bare names for the first two, as
             torchvision's, and ``backbone.`` and ``head.fc.`` for the third. Defaults to None: 'mmseg' for a decoder,
             else 'mmdet'.
-        init_ratios (Sequence[float], optional): For 'bn': importance ratios of IN, LN and BN to store. Defaults to
-            None, none are stored, and the model's own apply.
+        init_ratios (Sequence[float], optional): For 'bn': importance ratios of IN, LN and BN to store, with weights and
+            biases corrected for them (for the usual eps, 1e-5). Defaults to None: none are stored, and layers that load
+            it start as from any BatchNorm checkpoint.
 
     Returns:
         tuple[dict[str, Tensor], Report]: The new state dict, and what became of the keys.
@@ -109,10 +110,11 @@ def convert(
         if 'mean_weight' in tensors:
             renamed = _switch_norm(module, tensors, report)
         elif source == 'bn' and 'running_mean' in tensors:
-            renamed = {name: (_place(name), value) for name, value in tensors.items()}
             if init_ratios is not None:
-                logits = SwitchNorm(1, init_ratios=init_ratios).mean_weight.detach()
-                result |= {f'{new}.{name}': logits.clone() for name in _LOGITS}
+                started = _started(tensors, init_ratios)
+                result |= {f'{new}.{name}': started.pop(name) for name in _LOGITS}
+                tensors = {**tensors, **started}
+            renamed = {name: (_place(name), value) for name, value in tensors.items()}
         else:
             values = _reordered(new, tensors, modules, report) if source == 'detectron' else tensors
             renamed = {name: (name, value) for name, value in values.items()}
@@ -186,6 +188,12 @@ def _refuse_pre_activation(modules: names.Modules) -> None:
 
 def _place(name: str) -> str:
     return f'bn.{name}' if name in _STATISTICS else name
+
+
+def _started(tensors: dict[str, Tensor], init_ratios: Sequence[float]) -> dict[str, Tensor]:
+    """Logits, weight and bias of a layer that starts from a BatchNorm's tensors."""
+    layer = SwitchNorm(tensors['running_mean'].numel(), init_ratios=init_ratios)
+    return layer.start_from(*map(tensors.get, ('weight', 'bias', 'running_mean', 'running_var')))
 
 
 def _switch_norm(module: str, tensors: dict[str, Tensor], report: Report) -> dict[str, tuple[str, Tensor]]:

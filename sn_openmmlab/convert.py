@@ -14,18 +14,25 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .layers import SparseSwitchNorm, SwitchNorm, SwitchNorm1d, SwitchNorm3d, SyncSN
+from .layers.loading import tell_starts
 
 ONE_HOT = 1 - 1e-6  # a smaller importance ratio of BN is not BatchNorm
 
 
-def convert_switch_norm(model: nn.Module, to: str = 'SN', init_ratios=None, inplace: bool = True) -> nn.Module:
+def convert_switch_norm(
+    model: nn.Module, to: str = 'SN', init_ratios=None, inplace: bool = True, correction: bool = True
+) -> nn.Module:
     r"""Replace every BatchNorm, SyncBatchNorm, GroupNorm and InstanceNorm of a model by Switchable Normalization.
 
     Names of modules stay, and ``weight`` and ``bias`` remain the same parameters, so that an optimizer of the old model
     holds them still (the new ``mean_weight`` and ``var_weight`` it does not know). BatchNorm's running statistics,
     ``momentum`` and training mode go to the child ``bn``; GroupNorm and InstanceNorm have no statistics of the batch,
-    and the child starts at mean 0 and variance 1. With ``init_ratios=(0, 0, 1)`` a model with BatchNorm computes after
-    the conversion what it did before, in training and in evaluation mode.
+    and the child starts at mean 0 and variance 1.
+
+    What was BatchNorm starts near it, and the model answers as it did before: importance ratios of (0.001, 0.001,
+    0.998), and weight and bias corrected for the rest (:func:`~sn_openmmlab.layers.loading.correct_for_blend`). With
+    ``init_ratios=(0, 0, 1)`` it computes exactly what it did, in training and in evaluation mode, and the ratios do not
+    learn. GroupNorm and InstanceNorm start at equal ratios.
 
     Layers that the model has already as SN, LayerNorms, and all else are left alone. What was BatchNorm1d and
     BatchNorm3d becomes ``SN1d`` and ``SN3d``; everything else ``SN``, which takes any number of dimensions.
@@ -36,9 +43,10 @@ def convert_switch_norm(model: nn.Module, to: str = 'SN', init_ratios=None, inpl
             SyncBatchNorm; 'SSN', which ends in one normalizer; or 'BN', which turns SN layers back into BatchNorm2d
             (SN1d and SN3d into BatchNorm1d and 3d, those with synchronised statistics into SyncBatchNorm) where all
             importance is on BN. Defaults to 'SN'.
-        init_ratios (Sequence[float], optional): Importance ratios of IN, LN and BN to start from. Defaults to None,
-            equal ones.
+        init_ratios (Sequence[float], optional): Importance ratios of IN, LN and BN to start from, everywhere. Defaults
+            to None, near BN for what was BatchNorm, else equal ones.
         inplace (bool): Whether to change ``model`` itself; otherwise a deep copy is changed. Defaults to True.
+        correction (bool): Whether weight and bias of what was BatchNorm are corrected, in place. Defaults to True.
 
     Returns:
         nn.Module: The converted model, which is a new object also in place where ``model`` is itself a norm layer.
@@ -51,7 +59,7 @@ def convert_switch_norm(model: nn.Module, to: str = 'SN', init_ratios=None, inpl
         >>> from torch import nn
         >>> from sn_openmmlab import convert_switch_norm
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
-        >>> model = convert_switch_norm(model, init_ratios=(0, 0, 1))  # the same function, with BN's statistics
+        >>> model = convert_switch_norm(model, init_ratios=(0, 0, 1))  # exactly the same function
         >>> type(model[1])
         <class 'sn_openmmlab.layers.switch_norm.SwitchNorm'>
         >>> type(convert_switch_norm(model, to='BN')[1])
@@ -70,7 +78,14 @@ def convert_switch_norm(model: nn.Module, to: str = 'SN', init_ratios=None, inpl
         new = {layer: _batch_norm(layer) for layer in found.values()}
     else:
         like = next(model.parameters(), torch.empty(0))  # for layers that hold nothing
-        new = {layer: _switch_norm(layer, to, init_ratios, like) for layer in found.values()}
+        args = dict(init_ratios=init_ratios, correction=correction)
+        new = {layer: _switch_norm(layer, to, args, like) for layer in found.values()}
+        for old, layer in new.items():
+            if _is_batch_norm(old):
+                start = layer.start_from(layer.weight, layer.bias, layer.bn.running_mean, layer.bn.running_var, new)
+                for name, value in start.items():
+                    getattr(layer, name).data.copy_(value)
+        tell_starts()
     _replace(model, new)
     return new.get(model, model)
 
@@ -209,7 +224,7 @@ def _ratios(layer: SwitchNorm) -> str:
     return f'{names} ' + '; '.join(' '.join(f'{r:.3g}' for r in row) for row in layer.importance_ratios.tolist())
 
 
-def _switch_norm(old: nn.Module, to: str, init_ratios, like: torch.Tensor) -> SwitchNorm:
+def _switch_norm(old: nn.Module, to: str, args: dict, like: torch.Tensor) -> SwitchNorm:
     """An SN layer with the weight, shift, statistics and mode of ``old``."""
     rank = {nn.BatchNorm1d: SwitchNorm1d, nn.BatchNorm3d: SwitchNorm3d}
     cls = next((new for kind, new in rank.items() if isinstance(old, kind)), SwitchNorm)
@@ -217,9 +232,7 @@ def _switch_norm(old: nn.Module, to: str, init_ratios, like: torch.Tensor) -> Sw
     channels = old.num_channels if isinstance(old, nn.GroupNorm) else old.num_features
     momentum = dict(momentum=old.momentum) if _is_batch_norm(old) else {}
     like = next((t for t in (*old.parameters(), *old.buffers()) if t.is_floating_point()), like)
-    new = cls(
-        channels, old.eps, affine=old.affine, init_ratios=init_ratios, device=like.device, dtype=like.dtype, **momentum
-    )
+    new = cls(channels, old.eps, affine=old.affine, device=like.device, dtype=like.dtype, **momentum, **args)
     if old.affine:
         new.weight, new.bias = old.weight, old.bias
         for logits in new.mean_weight, new.var_weight:  # frozen with the rest of the layer

@@ -406,7 +406,7 @@ class TestBatchNorm:
     def test_ratios_are_stored(self, theirs, command, tmp_path):
         net, path = theirs
         command('--init-ratios', 0, 0, 1, path, tmp_path / 'new.pth')
-        command(path, tmp_path / 'equal.pth')
+        command('--init-ratios', 1 / 3, 1 / 3, 1 / 3, path, tmp_path / 'equal.pth')
         state = torch.load(tmp_path / 'new.pth')['state_dict']
         ours = backbone(depth=18)
         ours.load_state_dict(state)
@@ -418,6 +418,21 @@ class TestBatchNorm:
         for layer in ours.modules():
             if isinstance(layer, SwitchNorm):
                 torch.testing.assert_close(layer.importance_ratios, torch.full((2, 3), 1 / 3))
+        direct = backbone(depth=18, norm_cfg=dict(SN_CFG, init_ratios=(1 / 3, 1 / 3, 1 / 3)))
+        direct.load_state_dict(net.state_dict())  # weights are corrected alike
+        for name, value in direct.state_dict().items():
+            torch.testing.assert_close(ours.float().state_dict()[name], value)
+
+    def test_without_ratios_layers_start_near_batch_norm(self, theirs, command, tmp_path):
+        net, path = theirs
+        command(path, tmp_path / 'new.pth')
+        state = torch.load(tmp_path / 'new.pth')['state_dict']
+        assert not any(key.endswith('mean_weight') for key in state)
+        ours, direct = backbone(depth=18), backbone(depth=18)
+        ours.load_state_dict(state)
+        direct.load_state_dict(net.state_dict())
+        torch.testing.assert_close(ours.bn1.importance_ratios, torch.tensor([[0.001, 0.001, 0.998]] * 2))
+        assert all(torch.equal(value, direct.state_dict()[name]) for name, value in ours.state_dict().items())
 
     def test_by_the_scheme_the_models_own_ratios_stay(self, theirs):
         _, path = theirs

@@ -101,18 +101,21 @@ def torchvision_resnet(tmp_path_factory):
 
 
 def assert_loaded(backbone, state, prefix=''):
-    """Every weight and statistic in its place, the logits at their start."""
+    """Every statistic in its place; near BatchNorm, weight and bias are its own but for the correction."""
     for key, value in state.items():
         if key.startswith('fc.'):
             continue
         module, _, name = key.rpartition('.')
         module = backbone.get_submodule(module)
-        if isinstance(module, SwitchNorm) and name not in ('weight', 'bias'):
-            module = module.bn
+        if isinstance(module, SwitchNorm) and name in ('weight', 'bias'):
+            torch.testing.assert_close(getattr(module, name).detach(), value, rtol=0.01, atol=0.01)
+            continue
+        module = module.bn if isinstance(module, SwitchNorm) else module
         assert torch.equal(getattr(module, name).detach(), value), key
     layers = [m for m in backbone.modules() if isinstance(m, SwitchNorm)]
     assert len(layers) == 53
-    assert all(torch.equal(m.mean_weight, torch.ones(3)) and torch.equal(m.var_weight, torch.ones(3)) for m in layers)
+    for layer in layers:
+        torch.testing.assert_close(layer.importance_ratios, torch.tensor([[0.001, 0.001, 0.998]] * 2))
 
 
 class Said(logging.Handler):
@@ -164,8 +167,10 @@ def test_batch_norm_checkpoint_loads(path, torchvision_resnet, tmp_path):
         runner.load_or_resume()
 
     assert_loaded(model.backbone, state)
+    model.train()  # the end of all loading
     said = '\n'.join(said.lines)
-    assert said.count('BatchNorm keys') == 1
+    assert said.count('53 layers near it (IN 0.001, LN 0.001, BN 0.998), weight and bias corrected') == 1
+    assert said.count('statistics from BatchNorm') == 1
     assert 'missing' not in said
 
 

@@ -12,8 +12,6 @@ from sn_openmmlab import __version__
 from sn_openmmlab.checkpoint import RULES, TARGETS, convert
 from sn_openmmlab.safe_load import read_state_dict
 
-EQUAL = (1 / 3, 1 / 3, 1 / 3)
-
 
 def main(argv: list[str] | None = None) -> None:
     """Read the command line, convert, and print what became of the keys."""
@@ -40,7 +38,8 @@ def main(argv: list[str] | None = None) -> None:
         nargs=3,
         type=float,
         metavar=('IN', 'LN', 'BN'),
-        help='for BatchNorm checkpoints: importance ratios to store (default: equal ones)',
+        help='for BatchNorm checkpoints: importance ratios to store, and weights corrected for them (default: none; '
+        'layers start near BatchNorm as they load it)',
     )
     parser.add_argument('--force', action='store_true', help='replace DST if it exists')
     parser.add_argument('--verbose', action='store_true', help='list all keys')
@@ -57,8 +56,6 @@ def main(argv: list[str] | None = None) -> None:
         state_dict |= content
     try:
         result, report = convert(state_dict, args.source, args.target, args.init_ratios)
-        if report.source == 'bn' and args.init_ratios is None:
-            result, report = convert(state_dict, args.source, args.target, EQUAL)
     except ValueError as error:
         parser.error(f'{" ".join(args.src)}: {error}')
     save(dict(state_dict=result, meta=dict(sn_openmmlab_version=__version__, converted_from=report.source)), args.dst)

@@ -50,8 +50,6 @@ class SparseSwitchNorm(SwitchNorm):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        if self.init_ratios is not None:
-            self._start = list(self.init_ratios)
         self.register_buffer('radius', torch.zeros_like(self.mean_weight[0].detach()))
         self._taken = self.normalizers
         self.reset_parameters()
@@ -77,6 +75,10 @@ class SparseSwitchNorm(SwitchNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x`` of shape (N, C, \\*)."""
         return _normalize_sparsely(self, x)
+
+    def _logits(self, ratios: tuple[float, ...]) -> Tensor:
+        """The ratios themselves, which radius 0 leaves as they are."""
+        return torch.tensor(ratios, dtype=self.mean_weight.dtype)
 
     def _look_up(self) -> None:
         self._taken = self.normalizers

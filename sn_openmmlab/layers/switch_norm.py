@@ -13,7 +13,17 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..ops import NORMALIZERS, switch_norm
 from ..ops.function import quiet_in_traces
-from .loading import explain_sizes, refuse_authors_names, softmax_of_sparsestmax, tell_of_batch_norm
+from .loading import (
+    correct_for_blend,
+    explain_sizes,
+    like,
+    note_start,
+    refuse_authors_names,
+    softmax_of_sparsestmax,
+    start_ratios,
+    tell_starts,
+    warn_of_no_statistics,
+)
 
 
 @MODELS.register_module('SN')
@@ -48,7 +58,11 @@ class SwitchNorm(_InstanceNorm):
             child ``bn`` (the paper's setting for one image per GPU). Defaults to ('in', 'ln', 'bn').
         init_ratios (Sequence[float], optional): Importance ratios to start from, one for each normalizer, summing
             to 1. ``(0, 0, 1)`` is batch normalization; a ratio of 0 is a logit so low that it no longer learns.
-            Defaults to None, equal ratios (all logits 1, as the authors').
+            Defaults to None: from scratch equal ratios (all logits 1, as the authors'), and where weights of a
+            BatchNorm are loaded near BatchNorm, (0.001, 0.001, 0.998), which keeps the function of its network.
+        correction (bool): Whether weight and bias that come from a BatchNorm are changed so that the layer gives on
+            average what the BatchNorm gave, whatever the ratios
+            (:func:`~sn_openmmlab.layers.loading.correct_for_blend`). Defaults to True.
         device (torch.device, optional): Device of the parameters. Defaults to None.
         dtype (torch.dtype, optional): Dtype of the parameters. Defaults to None.
 
@@ -82,11 +96,12 @@ class SwitchNorm(_InstanceNorm):
         affine: bool = True,
         normalizers=NORMALIZERS,
         init_ratios=None,
+        correction: bool = True,
         device=None,
         dtype=None,
     ) -> None:
         normalizers = _checked_normalizers(normalizers)
-        start = _logits(normalizers, init_ratios)
+        _check_ratios(normalizers, init_ratios)
         if num_features < 1 or eps < 0:
             raise ValueError(f'num_features must be at least 1 and eps at least 0, got {num_features} and {eps}')
         if momentum is not None and not 0 <= momentum <= 1:
@@ -95,7 +110,7 @@ class SwitchNorm(_InstanceNorm):
         super().__init__(num_features, eps, None, affine, track_running_stats=False, **factory)
         self.normalizers = normalizers
         self.init_ratios = None if init_ratios is None else tuple(init_ratios)
-        self._start = start
+        self.correction = correction
         self.mean_weight = nn.Parameter(torch.empty(len(normalizers), **factory))
         self.var_weight = nn.Parameter(torch.empty(len(normalizers), **factory))
         self.bn = None
@@ -125,11 +140,54 @@ class SwitchNorm(_InstanceNorm):
         """Set everything to its starting value: weight 1, bias 0, the ratios' logits, running statistics 0 and 1."""
         super().reset_parameters()
         if hasattr(self, 'bn'):  # not yet, when the base class calls this
+            ratios = self.init_ratios or (1 / len(self.normalizers),) * len(self.normalizers)
             for logits in self.mean_weight, self.var_weight:
                 with torch.no_grad():
-                    logits.copy_(torch.tensor(self._start))
+                    logits.copy_(self._logits(ratios))
             if self.bn is not None:
                 self.bn.reset_running_stats()
+
+    @torch.no_grad()
+    def start_from(self, weight, bias, mean, var, load: object = None) -> dict[str, Tensor]:
+        """Parameters to begin with where weights come from a BatchNorm: of weight, bias and running moments (C,).
+
+        The importance ratios are ``init_ratios``, or without them nearly BatchNorm's; weight and bias are corrected for
+        them. Those of None are left out. Nothing of the layer changes.
+
+        Args:
+            weight (Tensor, optional): The BatchNorm's.
+            bias (Tensor, optional): Likewise.
+            mean (Tensor): Its running mean.
+            var (Tensor): Its running variance.
+            load: One object for all layers of a load, which is logged in one line. Defaults to None, nothing is logged.
+
+        Returns:
+            dict[str, Tensor]: New values by the names of the layer's parameters.
+        """
+        ratios = start_ratios(self.normalizers, self.init_ratios)
+        if self.correction:
+            weight, bias = correct_for_blend(weight, bias, mean, var, dict(zip(self.normalizers, ratios)), self.eps)
+        if load is not None:
+            note_start(load, self.normalizers, ratios, self.init_ratios is not None, self.correction)
+        logits = self._logits(ratios).to(mean.device)
+        start = dict(
+            weight=weight,
+            bias=bias,
+            mean_weight=like(logits, self.mean_weight),
+            var_weight=like(logits.clone(), self.var_weight),
+        )
+        return {name: value for name, value in start.items() if value is not None}
+
+    def _logits(self, ratios: tuple[float, ...]) -> Tensor:
+        """Logits whose softmax is ``ratios``, 1 for equal ones as the authors start."""
+        tiny = torch.finfo(torch.float32).tiny  # in place of 0: a finite logit, yet 1 + tiny == 1
+        logits = [1 + math.log(len(ratios)) + math.log(max(ratio, tiny)) for ratio in ratios]
+        return torch.tensor(logits, dtype=self.mean_weight.dtype)
+
+    def train(self, mode: bool = True) -> 'SwitchNorm':
+        """Set the mode; and say how layers that took BatchNorm weights since the last call start."""
+        tell_starts()
+        return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x`` of shape (N, C, \\*)."""
@@ -172,21 +230,29 @@ class SwitchNorm(_InstanceNorm):
         """Load this layer's own keys, or BatchNorm's, or the authors' flat ones of shape (1, C, 1, 1)."""
         if not any(key.startswith(prefix) for key in state_dict):
             refuse_authors_names(unexpected_keys)
-        if self.bn is not None:
-            for name in 'running_mean', 'running_var', 'num_batches_tracked':
-                if prefix + name in state_dict:
-                    state_dict[f'{prefix}bn.{name}'] = state_dict.pop(prefix + name)
-        for name in 'weight', 'bias', 'bn.running_mean', 'bn.running_var':
+        logits = [prefix + name for name in ('mean_weight', 'var_weight')]
+        anew = not any(name in state_dict for name in logits)  # the checkpoint is not SN's
+        names = 'weight', 'bias', 'bn.running_mean', 'bn.running_var', 'bn.num_batches_tracked'
+        for name in names[2:]:
+            flat = prefix + name[3:]
+            if flat in state_dict and (anew or self.bn is not None):
+                state_dict[prefix + name] = state_dict.pop(flat)
+        for name in names[:4]:
             value = state_dict.get(prefix + name)
             if value is not None and value.shape[1:2] == (self.num_features,) and value.numel() == self.num_features:
                 state_dict[prefix + name] = value.reshape(-1)
-        logits = [prefix + name for name in ('mean_weight', 'var_weight')]
         if prefix + 'radius' in state_dict and 'radius' not in self._buffers:
             radius = state_dict.pop(prefix + 'radius')
             state_dict.update({name: softmax_of_sparsestmax(state_dict[name], radius) for name in logits})
-        if f'{prefix}bn.running_mean' in state_dict and not any(name in state_dict for name in logits):
-            state_dict.update(zip(logits, (self.mean_weight.detach(), self.var_weight.detach())))
-            tell_of_batch_norm(missing_keys)
+        values = [state_dict.get(prefix + name) for name in names[:4]]
+        fitting = all(value is None or value.shape == (self.num_features,) for value in values)
+        if anew and fitting and values[2] is not None and values[3] is not None:
+            start = self.start_from(*values, load=missing_keys)
+            state_dict.update({prefix + name: value for name, value in start.items()})
+            for name in names[2:] if self.bn is None else ():
+                state_dict.pop(prefix + name, None)
+        elif anew and values[0] is not None and values[2] is None and self.bn is not None:
+            warn_of_no_statistics(missing_keys, prefix.rstrip('.'))
         explain_sizes([state_dict[name] for name in logits if name in state_dict], self.normalizers, error_msgs)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
@@ -292,14 +358,11 @@ def _checked_normalizers(normalizers) -> tuple[str, ...]:
     return names
 
 
-def _logits(normalizers: tuple[str, ...], ratios) -> list[float]:
-    """Logits whose softmax is ``ratios``; all 1 for equal ones, as the authors start."""
+def _check_ratios(normalizers: tuple[str, ...], ratios) -> None:
     if ratios is None:
-        return [1.0] * len(normalizers)
+        return
     if len(ratios) != len(normalizers) or min(ratios) < 0 or not abs(sum(ratios) - 1) <= 1e-6:
         raise ValueError(
             f'init_ratios must be {len(normalizers)} non-negative numbers that sum to 1, '
             f'one for each of {normalizers}, got {ratios!r}'
         )
-    tiny = torch.finfo(torch.float32).tiny  # in place of 0: a finite logit, yet 1 + tiny == 1
-    return [1 + math.log(len(ratios)) + math.log(max(ratio, tiny)) for ratio in ratios]
