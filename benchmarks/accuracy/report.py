@@ -9,7 +9,7 @@ import json
 import statistics
 from pathlib import Path
 
-from benchmarks.accuracy.run import NORMS, RESULTS, TASKS, load_task
+from benchmarks.accuracy.run import RESULTS, TASKS, load_task, norms
 from benchmarks.report import rewrite
 
 README = Path(__file__).parent / 'README.md'
@@ -24,7 +24,16 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     by_task = {task: load(task) for task in TASKS}
     parts = [tables(task, results) for task, results in by_task.items() if results]
-    rewrite({(README, 'tables'): parts, (HOME, 'accuracy'): [summary(by_task)]}, args.check)
+    scratch = {task: results for task, results in by_task.items() if not hasattr(load_task(task), 'NORMS')}
+    finetuned = {task: results for task, results in by_task.items() if task not in scratch}
+    rewrite(
+        {
+            (README, 'tables'): parts,
+            (HOME, 'accuracy'): [summary(scratch)],
+            (HOME, 'finetuning'): [summary(finetuned)],
+        },
+        args.check,
+    )
     if not args.check:
         for task, results in by_task.items():
             plot(task, results, PLOTS / f'accuracy_{task}.png')
@@ -34,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
 def load(task: str) -> list[dict]:
     """The results of a task, by norm, images per step and seed."""
     results = [json.loads(path.read_text()) for path in RESULTS.glob(f'{task}_*.json')]
-    order = list(NORMS)
+    order = list(norms(load_task(task)))
     return sorted(results, key=lambda r: (order.index(r['norm']), r['images'], r['lr'], r['epochs'], r['seed']))
 
 
@@ -89,7 +98,8 @@ def summary(by_task: dict[str, list[dict]]) -> str:
     heads = [f'{task.NAME}, {next(iter(task.METRICS.values()))}' for task in map(load_task, by_task)]
     text = [f'| norm | {" | ".join(heads)} |', '| :--- |' + ' ---: |' * len(heads)]
     trained = {r['norm'] for results in by_task.values() for r in results}
-    for norm in filter(trained.__contains__, NORMS):
+    names = dict.fromkeys(norm for task in by_task for norm in norms(load_task(task)))
+    for norm in filter(trained.__contains__, names):
         row = [norm]
         for name, results in by_task.items():
             cells = [r for r in results if r['norm'] == norm]
@@ -142,7 +152,7 @@ def plot(name: str, results: list[dict], path: Path) -> None:
     task = load_task(name)
     metric, label = next(iter(task.METRICS.items()))
     figure, axes = plt.subplots(figsize=(6, 4), layout='constrained')
-    for i, norm in enumerate(NORMS):
+    for i, norm in enumerate(norms(task)):
         curves = [
             {row['epoch']: row['metrics'].get(metric, 0.0) for row in r['curve'] if 'metrics' in row}
             for r in results

@@ -11,7 +11,9 @@ A task is a module beside this one with
     METRICS  the compared metrics, named as mmengine logs them, and what tables call them; the first is plotted
     EPOCHS   length of a training
     LR       learning rate at 2 images a step, one for all norms
-    config(norm_cfg, images, lr, epochs)   mmengine Config: model, data, evaluator, optimizer and schedule, by epochs
+    NORMS    what is compared, by name; by default this module's
+    config(norm, images, lr, epochs)   mmengine Config of a value of NORMS: model, data, evaluator, optimizer and
+                                       schedule, by epochs
 """
 
 import argparse
@@ -29,18 +31,16 @@ from mmengine.config import Config, DictAction
 from mmengine.hooks import Hook
 from mmengine.registry import MODELS
 from mmengine.runner import Runner, TestLoop, set_random_seed
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import update_bn
 
 from benchmarks.accuracy.data import ROOT
 from benchmarks.harness import environment, write
-from sn_openmmlab import SwitchNorm
+from sn_openmmlab import SwitchNorm, average_statistics
 from sn_openmmlab.safe_load import read_checkpoints_as_data
 
 RESULTS = Path(__file__).parent / 'results'
 WORK_DIR = ROOT / 'work_dirs/accuracy'
-TASKS = ('bccd', 'camvid')
+TASKS = ('bccd', 'camvid', 'lite0_bccd', 'lite0_camvid')
 NORMS = {
     'BN': dict(type='BN'),
     'GN': dict(type='GN', num_groups=32),
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     """Read the command line and train the cells that have no result yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--task', required=True, choices=TASKS)
-    parser.add_argument('--norm', nargs='+', required=True, choices=NORMS, metavar='NORM', help=', '.join(NORMS))
+    parser.add_argument('--norm', nargs='+', required=True, metavar='NORM', help=', '.join(NORMS) + "; or the task's")
     parser.add_argument('--images', type=int, default=2, help='images per step (default: 2)')
     parser.add_argument('--seed', type=int, nargs='+', default=[0], help='default: 0')
     parser.add_argument('--lr', type=float, help="default: the task's, times IMAGES / 2")
@@ -85,6 +85,9 @@ def main(argv: list[str] | None = None) -> None:
     if min(args.seed) < 0 or any(n is not None and n <= 0 for n in (args.images, args.epochs, args.lr)):
         parser.error('--images, --epochs and --lr must be above 0, and --seed at least 0')
     task = load_task(args.task)
+    unknown = [norm for norm in args.norm if norm not in norms(task)]
+    if unknown:
+        parser.error(f'--norm: {args.task} has {", ".join(norms(task))}, and not {", ".join(unknown)}')
     lr, epochs = args.lr or task.LR * args.images / 2, args.epochs or task.EPOCHS
     read_checkpoints_as_data()
     for seed, norm in itertools.product(args.seed, args.norm):
@@ -98,9 +101,15 @@ def load_task(name: str):
     return importlib.import_module(f'benchmarks.accuracy.{name}')
 
 
+def norms(task) -> dict[str, dict]:
+    """What a task compares, by name."""
+    return getattr(task, 'NORMS', NORMS)
+
+
 def cell_config(cell: Cell, work_dir: Path) -> Config:
     """The task's config and what is the same for all tasks."""
-    cfg = load_task(cell.task).config(dict(NORMS[cell.norm]), cell.images, cell.lr, cell.epochs)
+    task = load_task(cell.task)
+    cfg = task.config(copy.deepcopy(norms(task)[cell.norm]), cell.images, cell.lr, cell.epochs)
     interval = -(-cell.epochs // 4)
     cfg.merge_from_dict(
         dict(
@@ -212,16 +221,16 @@ class Record(Hook):
 def evaluate(runner: Runner, metrics: dict, seed: int) -> dict:
     """Metrics at the end, with the moving average and, where there are batch statistics, with their batch average.
 
-    The batch average (Luo et al., section 3.1) freezes the network and averages the statistics of all mini-batches of
-    one epoch, equally weighted. Where the task has a ``tta_model``, both are also tested with it.
+    The batch average (Luo et al., section 3.1) is :func:`sn_openmmlab.average_statistics` of one epoch, and leaves
+    frozen statistics alone. Where the task has a ``tta_model``, both are also tested with it.
     """
     final = {'moving average': metrics} | _augmented(runner, 'moving average')
-    if not any(isinstance(m, _BatchNorm) for m in runner.model.modules()):
+    runner.model.train()
+    if not any(isinstance(m, _BatchNorm) and m.training for m in runner.model.modules()):
         return final
     set_random_seed(seed)
     runner.train_dataloader.sampler.set_epoch(0)
-    with torch.no_grad():
-        update_bn(runner.train_dataloader, _Loss(runner.model))
+    average_statistics(runner.model, runner.train_dataloader)
     return final | {'batch average': _numbers(runner.val_loop.run())} | _augmented(runner, 'batch average')
 
 
@@ -243,17 +252,6 @@ def _augmented(runner: Runner, name: str) -> dict:
 def _numbers(metrics: dict) -> dict:
     """mmseg's metrics are numpy's float32, rounded to two digits, which JSON does not know."""
     return {name: round(value.item(), 6) if hasattr(value, 'item') else value for name, value in metrics.items()}
-
-
-class _Loss(nn.Module):
-    """A model as a function of one batch of a data loader."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, data: dict) -> dict:
-        return self.model(**self.model.data_preprocessor(data, True), mode='loss')
 
 
 if __name__ == '__main__':
