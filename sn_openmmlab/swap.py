@@ -15,17 +15,19 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .convert import is_switchable
+from .convert import is_mm_sync_bn, is_switchable
 from .layers import SwitchNorm, SyncSN
 from .skeleton import Norm, build, compare, part_of, scope_of
 
 PARTS = ('backbone', 'neck', 'head')
 TARGETS = ('SN', 'SyncSN', 'GN', 'BN', 'SyncBN')
 STATISTICS = ('train', 'frozen', 'synced')
+SMALL_BATCH = 4  # images a process, up to which statistics of the batch are worse than a checkpoint's
+LOGITS_LR_MULT = 100  # of the importance ratios' logits where a training starts from a checkpoint, for SGD
 KEPT = ('eps', 'affine', 'requires_grad', '_scope_')  # arguments that every norm layer has
 KEPT_BY = {
-    'SN': ('momentum', 'normalizers', 'init_ratios'),
-    'SyncSN': ('momentum', 'normalizers', 'init_ratios', 'group_size'),
+    'SN': ('momentum', 'normalizers', 'init_ratios', 'correction'),
+    'SyncSN': ('momentum', 'normalizers', 'init_ratios', 'correction', 'group_size'),
     'GN': ('num_groups',),
     'BN': ('momentum',),
     'SyncBN': ('momentum',),
@@ -57,6 +59,11 @@ def swap_norm(
 ) -> Config:
     """A copy of a config whose model has another norm.
 
+    What is written for SN is the recipe of docs/finetuning.md. Where the backbone starts from a BatchNorm checkpoint,
+    and a process has up to 4 images a step, its statistics are frozen, and layers start near BatchNorm as they load it.
+    Where a training by SGD starts from any checkpoint, the logits of the importance ratios learn at 100 times the
+    learning rate of the rest.
+
     Every dict of ``cfg.model`` that names a class is compared with what the class accepts: norms under any key and
     norms that the class has by default are found alike, and are written out where they change. What is built before and
     after is compared (without memory for weights, and without loading any): nothing but norm layers may differ. Places
@@ -71,9 +78,10 @@ def swap_norm(
         statistics (str, optional): Batch statistics of the new layers: 'train' for those of the batch
             (``norm_eval=False``, and ``requires_grad=True`` where it was False), 'frozen' for those of the checkpoint
             in the backbone (``norm_eval=True``), 'synced' for 'train' over all processes (SyncSN or SyncBN). Defaults
-            to None: 'train' for SN and SyncSN, and as in ``cfg`` for the others.
+            to None: for SN and SyncSN frozen where the backbone starts from a BatchNorm checkpoint, has ``norm_eval``,
+            and had it set or gets up to 4 images a process, else 'train'; and as in ``cfg`` for the others.
         init_ratios (Sequence[float], optional): Importance ratios of IN, LN and BN to start from; ``(0, 0, 1)`` is
-            BatchNorm. Defaults to None, equal ones.
+            BatchNorm. Defaults to None, near BatchNorm where its weights are loaded, else equal ones.
 
     Returns:
         Config: The changed copy, with ``custom_imports`` of this package for SN.
@@ -105,13 +113,18 @@ def plan_swap(
     parts = (parts,) if isinstance(parts, str) else tuple(parts)
     parts = PARTS if parts == ('all',) else parts
     to, norm_eval = _checked(cfg, to, parts, statistics, init_ratios)
+    recipe = statistics is None and to in ('SN', 'SyncSN')
 
     def rewritten(refused: Collection[str] = (), added: Collection[str] = ()):
-        walk = _Walk(to, parts, norm_eval, init_ratios, refused, added)
+        nonlocal norm_eval
+        walk = _Walk(to, parts, norm_eval, init_ratios, refused, added, learns=recipe or norm_eval is False)
         with DefaultScope.overwrite_default_scope(scope_of(cfg)):
             model = walk.visit(cfg.model)
         if norm_eval and walk.places and not walk.frozen:
-            raise ValueError("statistics='frozen' sets norm_eval, which the backbone of this model does not have")
+            if not recipe:
+                raise ValueError("statistics='frozen' sets norm_eval, which the backbone of this model does not have")
+            norm_eval = False
+            return rewritten(refused, added)
         return model, walk.places, walk.bare
 
     def outcome(*places: Collection[str]):
@@ -121,6 +134,8 @@ def plan_swap(
         before = build(cfg)
     except Exception as error:
         raise RuntimeError(f'the model cannot be built as it is: {_said(error)}') from error
+    if recipe:
+        norm_eval = 'backbone' in parts and _better_frozen(cfg, before)
     _, places, bare = rewritten()
     refused = {place: 'is of a trained teacher' for place in places if place.startswith('teacher_')}
     places = [place for place in places if place not in refused]
@@ -153,9 +168,12 @@ def plan_swap(
 class _Walk:
     """One walk through a model's config that rewrites norms, and remembers where."""
 
-    def __init__(self, to: str, parts, norm_eval: bool | None = None, init_ratios=None, refused=(), added=()) -> None:
+    def __init__(
+        self, to: str, parts, norm_eval: bool | None = None, init_ratios=None, refused=(), added=(), learns=False
+    ) -> None:
         self.to, self.parts, self.norm_eval, self.init_ratios = to, parts, norm_eval, init_ratios
         self.refused, self.added = refused, added
+        self.learns = learns  # whether new norms do, also where the old did not
         self.places: list[str] = []
         self.bare: list[str] = []  # dicts of arguments without a type
         self.frozen = False  # whether some backbone has norm_eval
@@ -201,7 +219,7 @@ class _Walk:
         new = {'type': self.to} | {k: v for k, v in norm.items() if k in KEPT + KEPT_BY[self.to]}
         if self.to == 'GN':
             new.setdefault('num_groups', 32)
-        if self.norm_eval is False and new.get('requires_grad') is False:
+        if self.learns and new.get('requires_grad') is False:
             new['requires_grad'] = True
         if self.init_ratios is not None:
             new['init_ratios'] = tuple(self.init_ratios)
@@ -231,8 +249,6 @@ def _checked(cfg: Config, to: str, parts: tuple[str, ...], statistics: str | Non
         raise ValueError("statistics='frozen' freezes those of a pretrained backbone, which is not among the parts")
     if statistics == 'synced':
         to = {'SN': 'SyncSN', 'BN': 'SyncBN'}.get(to, to)
-    elif statistics is None and to in ('SN', 'SyncSN'):
-        statistics = 'train'
     return to, {'train': False, 'synced': False, 'frozen': True}.get(statistics)
 
 
@@ -263,7 +279,47 @@ def _told(cfg: Config, model: dict, to: str, parts: tuple[str, ...], norms: list
         names = [imports['imports']] if isinstance(imports['imports'], str) else list(imports['imports'])
         if 'sn_openmmlab' not in names:
             swap.config.custom_imports = {**imports, 'imports': [*names, 'sn_openmmlab']}
+        if _is_pretrained(cfg):
+            _hurry_logits(swap.config)
     return swap
+
+
+def _is_pretrained(cfg: Config, part: str | None = None) -> bool:
+    """Whether the model, or this part of it, starts from a checkpoint."""
+
+    def visit(node, place: str) -> bool:
+        if isinstance(node, (list, tuple)):
+            return any(visit(item, place) for item in node)
+        if not isinstance(node, dict):
+            return False
+        given = node.get('pretrained') or (node.get('type') == 'Pretrained' and node.get('checkpoint'))
+        here = part is None or part_of(place) == part or place in ('', 'init_cfg')
+        return bool(given and here) or any(visit(v, f'{place}.{k}'.lstrip('.')) for k, v in node.items())
+
+    return bool(cfg.get('load_from')) or visit(cfg.model, '')
+
+
+def _better_frozen(cfg: Config, model: nn.Module) -> bool:
+    """Whether the backbone starts from a checkpoint with BatchNorm whose statistics are better than a batch's."""
+    backbone = [m for name, m in model.named_modules() if part_of(name) == 'backbone']
+    if not _is_pretrained(cfg, 'backbone') or not any(
+        isinstance(m, _BatchNorm) or is_mm_sync_bn(type(m)) for m in backbone
+    ):
+        return False
+    images = (cfg.get('train_dataloader') or {}).get('batch_size', 1)
+    return images <= SMALL_BATCH or any(getattr(m, 'norm_eval', False) for m in backbone)
+
+
+def _hurry_logits(cfg: Config) -> None:
+    """Let the logits of importance ratios learn faster than the rest, where SGD trains by mmengine's own rules."""
+    wrapper = cfg.get('optim_wrapper') or {}
+    constructor = wrapper.get('constructor') or 'DefaultOptimWrapperConstructor'
+    if constructor != 'DefaultOptimWrapperConstructor' or (wrapper.get('optimizer') or {}).get('type') != 'SGD':
+        return
+    rules = wrapper.get('paramwise_cfg') or {}
+    logits = {name: dict(lr_mult=LOGITS_LR_MULT, decay_mult=0.0) for name in ('mean_weight', 'var_weight')}
+    rules = {**rules, 'custom_keys': {**logits, **(rules.get('custom_keys') or {})}}
+    cfg.optim_wrapper = {**wrapper, 'paramwise_cfg': rules}
 
 
 @functools.cache

@@ -121,20 +121,65 @@ def test_parts():
 @pytest.mark.parametrize(
     'kwargs, norm, norm_eval',
     [
-        (dict(), dict(type='SN', requires_grad=True), False),
+        (dict(), dict(type='SN', requires_grad=True), True),
         (dict(statistics='train'), dict(type='SN', requires_grad=True), False),
         (dict(statistics='frozen'), dict(type='SN', requires_grad=False), True),
         (dict(statistics='synced'), dict(type='SyncSN', requires_grad=True), False),
-        (dict(to='SyncSN'), dict(type='SyncSN', requires_grad=True), False),
+        (dict(to='SyncSN'), dict(type='SyncSN', requires_grad=True), True),
         (dict(to='SyncBN'), dict(type='SyncBN', requires_grad=False), True),
         (dict(to='BN', statistics='synced'), dict(type='SyncBN', requires_grad=True), False),
         (dict(to='GN'), dict(type='GN', requires_grad=False, num_groups=32), True),
-        (dict(init_ratios=[0, 0, 1]), dict(type='SN', requires_grad=True, init_ratios=(0, 0, 1)), False),
+        (dict(init_ratios=[0, 0, 1]), dict(type='SN', requires_grad=True, init_ratios=(0, 0, 1)), True),
     ],
 )
 def test_statistics_and_targets(kwargs, norm, norm_eval):
     backbone = swap_norm(config(FCOS), **kwargs).model.backbone
     assert backbone.norm_cfg == norm and backbone.norm_eval == norm_eval
+
+
+LOGITS = dict(lr_mult=100, decay_mult=0.0)
+SCRATCH = 'mmdet::scratch/faster-rcnn_r50-scratch_fpn_gn-all_6x_coco.py'
+ADAM = 'mmdet::rtmdet/rtmdet-ins_tiny_8xb32-300e_coco.py'
+BISENET = 'mmseg::bisenetv2/bisenetv2_fcn_4xb4-160k_cityscapes-1024x1024.py'
+WHOLE = {'model.init_cfg': dict(type='Pretrained', checkpoint='x.pth'), 'model.backbone.init_cfg': None}
+
+
+@pytest.mark.parametrize(
+    'name, change, frozen, logits',
+    [
+        (FCOS, {}, True, LOGITS),
+        (FCOS, WHOLE, True, LOGITS),
+        (OCR, {}, True, LOGITS),  # pretrained= of the whole model; norm_eval was False
+        (SCRATCH, {}, False, None),
+        (SCRATCH, dict(load_from='detector.pth'), False, LOGITS),  # GN's checkpoint: no statistics to freeze
+        (ADAM, {}, False, None),  # 32 images; and steps that do not shrink with the gradient
+        (ADAM, {'train_dataloader.batch_size': 4}, True, None),
+        (BISENET, dict(load_from='x.pth'), False, LOGITS),  # a backbone without norm_eval
+        (FCOS, {'optim_wrapper.constructor': 'LayerDecayOptimizerConstructor'}, True, None),
+        (FCOS, {'optim_wrapper.paramwise_cfg.custom_keys': dict(mean_weight=dict(lr_mult=3))}, True, dict(lr_mult=3)),
+        (FCOS, dict(optim_wrapper=None), True, None),
+    ],
+)
+def test_the_recipe_for_checkpoints(name, change, frozen, logits):
+    cfg = config(name)
+    cfg.merge_from_dict(change)
+    new = swap_norm(cfg)
+    assert bool(new.model.backbone.get('norm_eval')) == frozen
+
+    def rules(cfg):
+        return dict((cfg.optim_wrapper or {}).get('paramwise_cfg') or {})
+
+    old, new = rules(cfg), rules(new)
+    keys = new.pop('custom_keys', {})
+    assert keys.get('mean_weight') == logits and ('var_weight' in keys) == (logits is not None)
+    old.pop('custom_keys', None)
+    assert new == old
+
+
+def test_the_recipe_is_for_sn_only():
+    assert swap_norm(config(FCOS), to='GN').optim_wrapper == config(FCOS).optim_wrapper
+    frozen = swap_norm(config(FCOS), statistics='frozen')
+    assert frozen.model.backbone.norm_cfg.requires_grad is False  # asked for as it is in the config
 
 
 def test_frozen_statistics_are_those_of_the_child():

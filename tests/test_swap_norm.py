@@ -40,22 +40,25 @@ def test_the_file_for_a_config_of_mmdet(tool, capsys):
         f'_base_ = {FCOS!r}\n\n'
         "custom_imports = dict(imports=['sn_openmmlab'], allow_failed_imports=False)\n"
         f'{SN_VARIABLE}\n'
-        'model = dict(backbone=dict(norm_cfg=norm_cfg, norm_eval=False),\n'
+        'optim_wrapper = dict(paramwise_cfg=dict(\n'
+        '    custom_keys=dict(mean_weight=dict(lr_mult=100, decay_mult=0.0),\n'
+        '                     var_weight=dict(lr_mult=100, decay_mult=0.0))))\n'
+        'model = dict(backbone=dict(norm_cfg=norm_cfg),\n'
         '             bbox_head=dict(norm_cfg=norm_cfg))\n'
     )
     out = capsys.readouterr().out
     for line in (
         'backbone: 53 BatchNorm2d -> SwitchNorm',
         "- backbone.norm_cfg=dict(type='BN', requires_grad=False)",
-        '- backbone.norm_eval=True',
-        '+ backbone.norm_eval=False',
         'head: 8 GroupNorm -> SwitchNorm',
         "+ bbox_head.norm_cfg=dict(type='SN', requires_grad=True)",
-        'note: backbone.frozen_stages=1',
+        'note: backbone.norm_eval=True',
+        'note: importance ratios learn at 100 times',
     ):
         assert line in out
     cfg = Config.fromfile('fcos_r50-caffe_fpn_gn-head_1x_coco_sn-all.py')
     assert cfg.model.bbox_head.norm_cfg == dict(type='SN', requires_grad=True)
+    assert cfg.optim_wrapper.paramwise_cfg.bias_lr_mult == 2.0  # what the config has stays
     assert [p.name for p in Path.cwd().iterdir()] == ['fcos_r50-caffe_fpn_gn-head_1x_coco_sn-all.py']
 
 

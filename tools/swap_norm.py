@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from yapf.yapflib.yapf_api import FormatCode
 
-from sn_openmmlab import SwitchNorm
+from sn_openmmlab import SwitchNorm, SyncSN
 from sn_openmmlab.bases import NEED_HELP
 from sn_openmmlab.skeleton import part_of
 from sn_openmmlab.swap import PARTS, STATISTICS, TARGETS, Swap, plan_swap
@@ -72,15 +72,16 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Argument
     parser.add_argument(
         '--statistics',
         choices=STATISTICS,
-        help='of the batch: train (norm_eval=False; the default for SN and SyncSN), frozen (norm_eval=True: those of '
-        'the checkpoint), synced (over all processes); without it other norms keep what the config says',
+        help='of the batch: train (norm_eval=False), frozen (norm_eval=True in the backbone: those of the checkpoint), '
+        'synced (over all processes); default for SN and SyncSN: frozen where the backbone starts from a BatchNorm '
+        'checkpoint, else train; for other norms: what the config says',
     )
     parser.add_argument(
         '--init-ratios',
         nargs=3,
         type=float,
         metavar=('IN', 'LN', 'BN'),
-        help='importance ratios to start from, e.g. 0 0 1 for the function of a BN checkpoint (default: equal ones)',
+        help='importance ratios to start from (default: near BN where weights of a BN checkpoint come, else equal)',
     )
     parser.add_argument('--out', type=Path, help='file to write, a new one (default: CONFIG_NORM-PARTS.py here)')
     parser.add_argument('--dry-run', action='store_true', help='show and verify, but write nothing')
@@ -230,11 +231,16 @@ def notes(swap: Swap):
     if local and any('Sync' in norm.old.__name__ for norm in swap.changed):
         yield 'batch statistics are those of each process now; --statistics synced keeps them those of all'
     backbone = swap.config.model.get('backbone', {})
-    norm = backbone.get('norm_cfg') or {}
-    if norm.get('type') in ('SN', 'SyncSN') and 'init_ratios' not in norm and backbone.get('frozen_stages', -1) >= 0:
+    if any(norm.part == 'backbone' for norm in swap.changed) and backbone.get('norm_eval') is True:
         yield (
-            f'backbone.frozen_stages={backbone.frozen_stages}: the norms in there keep the importance ratios that they '
-            'start with; for a checkpoint of a BN network --init-ratios 0 0 1 is the function that was learned'
+            'backbone.norm_eval=True: BN statistics are those of the checkpoint, which measured better at 2 images '
+            'than those of the batch (--statistics train)'
+        )
+    rates = ((swap.config.get('optim_wrapper') or {}).get('paramwise_cfg') or {}).get('custom_keys', {})
+    if any(norm.new in (SwitchNorm, SyncSN) for norm in swap.changed) and 'mean_weight' in rates:
+        yield (
+            f'importance ratios learn at {rates["mean_weight"]["lr_mult"]:g} times the learning rate of the rest '
+            '(optim_wrapper.paramwise_cfg), since the training starts from a checkpoint'
         )
 
 
