@@ -57,6 +57,7 @@ Batch average <docs/batch_average>
 Sparse choice <docs/sparse>
 Export <docs/export>
 docs/datasets
+Third parties <docs/third_parties>
 ```
 
 ```{toctree}

@@ -14,6 +14,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .layers import SparseSwitchNorm, SwitchNorm, SwitchNorm1d, SwitchNorm3d, SyncSN
+from .layers.batch_statistics import is_synchronised
 from .layers.loading import tell_starts
 
 ONE_HOT = 1 - 1e-6  # a smaller importance ratio of BN is not BatchNorm
@@ -247,20 +248,20 @@ def _switch_norm(old: nn.Module, to: str, args: dict, like: torch.Tensor) -> Swi
 
 def _batch_norm(old: SwitchNorm) -> nn.Module:
     """The BatchNorm that an SN layer with all importance on BN is."""
-    plain = isinstance(old.bn, _BatchNorm) and not isinstance(old.bn, nn.SyncBatchNorm)
-    synced = old.group_size != 1 if isinstance(old, SyncSN) else not plain
+    bn = old._statistics()
+    synced = old.group_size != 1 if isinstance(old, SyncSN) else is_synchronised(bn)
     rank = (
         nn.BatchNorm1d if isinstance(old, SwitchNorm1d) else nn.BatchNorm3d if isinstance(old, SwitchNorm3d) else None
     )
     cls = nn.SyncBatchNorm if synced else rank or nn.BatchNorm2d
-    like = old.bn.running_mean
+    like = bn.running_mean
     new = cls(old.num_features, old.eps, old.momentum, old.affine, device=like.device, dtype=like.dtype)
     if old.affine:
         new.weight, new.bias = old.weight, old.bias
-    _move_statistics(old.bn, new)
+    _move_statistics(bn, new)
     if synced:
-        new.process_group = old._group()
-    new.train(old.bn.training)
+        new.process_group = old._group(bn)
+    new.train(bn.training)
     return new
 
 

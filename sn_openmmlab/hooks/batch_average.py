@@ -20,7 +20,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from ..convert import is_mm_sync_bn
-from ..layers import SwitchNorm
 from ..ops.reference import moments_dtype
 from ..skeleton import unwrapped
 
@@ -163,11 +162,9 @@ def average_statistics(model: nn.Module, batches: Iterable, num_batches: int | N
         if not layers:
             raise ValueError('all SN and BN layers of the model are frozen (norm_eval, frozen_stages): none to average')
         seen = dict.fromkeys(layers.values(), (0, 0.0, 0.0))
-        for m in model.modules():
-            own = getattr(m, 'bn', None) if isinstance(m, SwitchNorm) else m
-            if own in seen:
-                hook = m.register_forward_pre_hook(lambda _, args, own=own: _add(seen, own, args[0]))
-                hooks.callback(hook.remove)
+        for layer in layers.values():  # an SN layer's input comes to the hooks of its statistics too
+            hook = layer.register_forward_pre_hook(lambda layer, args: _add(seen, layer, args[0]))
+            hooks.callback(hook.remove)
         count = 0
         batches = itertools.islice(batches, num_batches)
         for batch in track_iter_progress((batches, num_batches)) if is_main_process() else batches:

@@ -3,14 +3,14 @@
 import itertools
 
 import torch
-import torch.fx
 import torch.nn.functional as F
 from mmengine.registry import MODELS
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops import sparsestmax
+from . import batch_statistics
 from .loading import softmax_of_sparsestmax
-from .switch_norm import SwitchNorm, _normalize
+from .switch_norm import SwitchNorm
 
 
 @MODELS.register_module('SSN')
@@ -72,9 +72,22 @@ class SparseSwitchNorm(SwitchNorm):
         self._look_up()
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize ``x`` of shape (N, C, \\*)."""
-        return _normalize_sparsely(self, x)
+    def _normalize(self, x: Tensor, bn: nn.Module | None) -> Tensor:
+        learns = torch.is_grad_enabled() and (self.mean_weight.requires_grad or self.var_weight.requires_grad)
+        alone = self._taken[0] if len(self._taken) == 1 and (self.affine or not learns) else None
+        weight = self.weight
+        if alone and learns:  # the logits' gradient is 0, but awaited: by DistributedDataParallel
+            weight = weight + 0 * (self.mean_weight + self.var_weight).sum()
+        own = batch_statistics.statistics(bn) if alone == 'bn' else {}
+        if own and not own['training'] and own['running_mean'] is not None:
+            self._check_input_dim(x)
+            return F.batch_norm(x, own['running_mean'], own['running_var'], weight, self.bias, eps=bn.eps)
+        # torch's group norm takes parameters of another dtype not everywhere, and is slow on channels last
+        if alone in ('in', 'ln') and x.is_contiguous() and x.dtype == self.mean_weight.dtype:
+            self._check_input_dim(x)
+            groups = self.num_features if alone == 'in' else 1
+            return torch.group_norm(x, groups, weight, self.bias, self.eps)
+        return super()._normalize(x, bn)
 
     def _logits(self, ratios: tuple[float, ...]) -> Tensor:
         """The ratios themselves, which radius 0 leaves as they are."""
@@ -88,7 +101,7 @@ class SparseSwitchNorm(SwitchNorm):
 
     def _choice(self) -> tuple[tuple[str, ...], Tensor, Tensor]:
         if len(self._taken) == 1:
-            return self._taken, *torch.zeros_like(torch.stack([self.mean_weight, self.var_weight])[:, :1])
+            return self._taken, *(torch.stack([self.mean_weight, self.var_weight])[:, :1] * 0)
         logits = softmax_of_sparsestmax(torch.stack([self.mean_weight, self.var_weight]), self.radius)
         if self._taken != self.normalizers:
             logits = logits[:, [self.normalizers.index(name) for name in self._taken]]
@@ -103,17 +116,3 @@ class SparseSwitchNorm(SwitchNorm):
                     state_dict[name] = state_dict[name].softmax(0)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._look_up()
-
-
-@torch.fx.wrap  # a leaf of symbolic traces, as SN is
-def _normalize_sparsely(layer: SparseSwitchNorm, x: Tensor) -> Tensor:
-    alone = layer._taken[0] if len(layer._taken) == 1 else None
-    if alone == 'bn' and not layer.bn.training:
-        layer._check_input_dim(x)
-        return F.batch_norm(x, layer.bn.running_mean, layer.bn.running_var, layer.weight, layer.bias, eps=layer.eps)
-    # torch's group norm takes parameters of another dtype not everywhere, and is slow on channels last
-    if alone in ('in', 'ln') and x.is_contiguous() and x.dtype == layer.mean_weight.dtype:
-        layer._check_input_dim(x)
-        groups = layer.num_features if alone == 'in' else 1
-        return torch.group_norm(x, groups, layer.weight, layer.bias, layer.eps)
-    return _normalize(layer, x)

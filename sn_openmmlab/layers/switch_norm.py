@@ -8,11 +8,10 @@ import torch.distributed as dist
 import torch.fx
 from mmengine.registry import MODELS
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..ops import NORMALIZERS, switch_norm
 from ..ops.function import quiet_in_traces
+from . import batch_statistics
 from .loading import (
     correct_for_blend,
     explain_sizes,
@@ -27,7 +26,7 @@ from .loading import (
 
 
 @MODELS.register_module('SN')
-class SwitchNorm(_InstanceNorm):
+class SwitchNorm(nn.InstanceNorm2d):
     r"""Normalize by a learned blend of instance, layer and batch statistics.
 
     .. math::
@@ -38,11 +37,12 @@ class SwitchNorm(_InstanceNorm):
     importance ratios :math:`w, w'` are learned, one triple for the means and one for the variances of each layer, in
     the order IN, LN, BN.
 
-    The batch statistics live in the child ``bn``, a :class:`torch.nn.BatchNorm2d` without weight and bias that is never
-    called: while it is in training mode BN takes the batch's moments and the running ones are updated; in evaluation
-    mode (``model.eval()``, ``norm_eval=True``, ``frozen_stages``) BN takes the running ones. IN and LN always come
-    from the sample. Where ``bn`` has been turned into torch's or mmcv's SyncBatchNorm (``sync_bn='torch'`` or
-    ``'mmcv'``) the batch moments are those of all processes.
+    The batch statistics live in the child ``bn``, a :class:`torch.nn.BatchNorm2d` without parameters of its own: while
+    it is in training mode BN takes the batch's moments and the running ones are updated; in evaluation mode
+    (``model.eval()``, ``norm_eval=True``, ``frozen_stages``) BN takes the running ones. IN and LN always come from the
+    sample. Where ``bn`` has been turned into torch's or mmcv's SyncBatchNorm (``sync_bn='torch'`` or ``'mmcv'``) the
+    batch moments are those of all processes. Whatever else is done to each BatchNorm of a model works likewise:
+    ``docs/third_parties.md``.
 
     Three conventions, all PyTorch's and not the authors': ``momentum`` weighs the *new* value; the input is normalised
     with the *biased* variance while ``running_var`` stores the *unbiased* one; weight, bias and running statistics
@@ -85,6 +85,7 @@ class SwitchNorm(_InstanceNorm):
         torch.Size([2, 3])
     """
 
+    # An InstanceNorm2d, whatever the rank, since the lists of norms that optimizers spare decay name final classes.
     _abbr_ = 'bn'  # attributes are named bn1, bn2, ... so that BatchNorm checkpoints find them
     _ranks = (2, 3, 4, 5)
 
@@ -115,21 +116,34 @@ class SwitchNorm(_InstanceNorm):
         self.var_weight = nn.Parameter(torch.empty(len(normalizers), **factory))
         self.bn = None
         if 'bn' in normalizers:
-            self.bn = nn.BatchNorm2d(num_features, eps, momentum, affine=False, **factory)
-            for name in 'weight', 'bias':  # models that fill these of every BatchNorm2d (PIDNet) fill nothing
-                del self.bn._parameters[name]
-                setattr(self.bn, name, torch.ones(1))
+            self.bn = batch_statistics.BatchNorm2d(num_features, eps, momentum, affine=False, **factory)
+            self.bn.belong_to(self)
         self.reset_parameters()
 
     @property
     def momentum(self) -> float | None:
         """Weight of the new value in the running statistics. It is the child's, and setting it sets the child's."""
-        return None if self.bn is None else self.bn.momentum
+        bn = self._statistics()
+        return getattr(bn, 'momentum', None)
 
     @momentum.setter
     def momentum(self, value: float | None) -> None:
-        if self._modules.get('bn') is not None:
-            self.bn.momentum = value
+        bn = self._statistics()
+        if bn is not None:
+            bn.momentum = value
+
+    @property
+    def eps(self) -> float:
+        """What is added to the variance. It is the child's, if there is one, and setting it sets the child's."""
+        bn = self._statistics()
+        return self._eps if bn is None else bn.eps
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        bn = self._statistics()
+        self._eps = value
+        if bn is not None:
+            bn.eps = value
 
     @property
     def importance_ratios(self) -> Tensor:
@@ -189,25 +203,57 @@ class SwitchNorm(_InstanceNorm):
         tell_starts()
         return super().train(mode)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize ``x`` of shape (N, C, \\*)."""
-        return _normalize(self, x)
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize ``input`` of shape (N, C, \\*)."""
+        if isinstance(input, torch.fx.Proxy):
+            return self._leaf(input)
+        bn = self._statistics()
+        if bn is not None and batch_statistics.has_hooks(bn):
+            return batch_statistics.call(bn, input, lambda x: self._normalize(x, bn))
+        return self._normalize(input, bn)
+
+    def _normalize(self, x: Tensor, bn: nn.Module | None) -> Tensor:
+        """Normalize by the statistics that ``bn`` has."""
+        self._check_input_dim(x)
+        normalizers, mean_weight, var_weight = self._choice()
+        own = dict(normalizers=normalizers)
+        if bn is None:
+            own['eps'] = self._eps
+        else:
+            own |= batch_statistics.statistics(bn)
+            own['eps'] = bn.eps
+            own['group'] = self._group(bn) if own['training'] else None
+        return switch_norm(x, mean_weight, var_weight, self.weight, self.bias, **own)
+
+    def _leaf(self, x: torch.fx.Proxy) -> torch.fx.Proxy:
+        """One call of this module in a symbolic trace, which must not keep the mode that it was taken in."""
+        return x.tracer.create_proxy('call_module', x.tracer.path_of_module(self), (x,), {})
 
     def _choice(self) -> tuple[tuple[str, ...], Tensor, Tensor]:
         """The normalizers to compute, and the logits of their importance ratios."""
         return self.normalizers, self.mean_weight, self.var_weight
 
-    def _group(self):
-        """The process group that the batch moments are taken over, None where this process is alone."""
-        alone = isinstance(self.bn, _BatchNorm) and not isinstance(self.bn, nn.SyncBatchNorm)
-        return None if alone else self._own_group()
+    def _statistics(self) -> nn.Module | None:
+        """The module that holds the batch statistics; None without BN."""
+        bn = self._modules.get('bn')
+        return None if bn is None else batch_statistics.holder(bn)
 
-    def _own_group(self):
+    def _group(self, bn: nn.Module):
+        """The process group that the batch moments are taken over, None where this process is alone."""
+        return self._own_group(bn) if batch_statistics.is_synchronised(bn) else None
+
+    def _own_group(self, bn: nn.Module):
         """The group that ``bn`` was converted for, or all processes; None where there is one process only."""
         if not (dist.is_available() and dist.is_initialized()):
             return None
-        group = getattr(self.bn, 'process_group', None) or dist.group.WORLD
+        group = batch_statistics.group_of(bn) or dist.group.WORLD
         return group if dist.get_world_size(group) > 1 else None
+
+    def __setstate__(self, state: dict) -> None:  # of copies and pickles, whose child has forgotten whose it is
+        super().__setstate__(state)
+        bn = self._statistics()
+        if isinstance(bn, batch_statistics.BatchNorm2d):
+            bn.belong_to(self)
 
     @quiet_in_traces
     def _check_input_dim(self, x: Tensor) -> None:
@@ -310,35 +356,17 @@ class SyncSN(SwitchNorm):
         super().__init__(num_features, *args, **kwargs)
         if self.bn is None:
             raise ValueError(f"SyncSN synchronises batch statistics, but normalizers={self.normalizers}; use type='SN'")
-        self._group()  # groups are made by all processes together, and surely all of them are here
+        self._group(self.bn)  # groups are made by all processes together, and surely all of them are here
 
-    def _group(self):
-        group = self._own_group()
-        if group is None or self.group_size is None or getattr(self.bn, 'process_group', None) is not None:
+    def _group(self, bn: nn.Module):
+        group = self._own_group(bn)
+        if group is None or self.group_size is None or batch_statistics.group_of(bn) is not None:
             return group
         return _subgroup(self.group_size, group) if self.group_size > 1 else None
 
     def extra_repr(self) -> str:
         """The arguments."""
         return f'{super().extra_repr()}, group_size={self.group_size}'
-
-
-@torch.fx.wrap  # a leaf of symbolic traces, which must not keep the mode that they were taken in
-def _normalize(layer: SwitchNorm, x: Tensor) -> Tensor:
-    layer._check_input_dim(x)
-    normalizers, mean_weight, var_weight = layer._choice()
-    own = dict(eps=layer.eps, normalizers=normalizers)
-    bn = layer.bn
-    if bn is not None:
-        own |= dict(
-            running_mean=bn.running_mean,
-            running_var=bn.running_var,
-            num_batches_tracked=bn.num_batches_tracked,
-            training=bn.training,
-            momentum=bn.momentum,
-            group=layer._group() if bn.training else None,
-        )
-    return switch_norm(x, mean_weight, var_weight, layer.weight, layer.bias, **own)
 
 
 @functools.lru_cache

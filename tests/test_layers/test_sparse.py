@@ -125,9 +125,9 @@ def test_layer_and_all_its_gradients_equal_the_formula(means, variances, trainin
     y, expected = layer(x), formula(layer, *inputs)
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
     dy = torch.linspace(-1, 2, y.numel(), dtype=torch.float64).view_as(y).cos()
-    grads = torch.autograd.grad(y, inputs, dy, allow_unused=True)
+    grads = torch.autograd.grad(y, inputs, dy)
     for grad, exact in zip(grads, torch.autograd.grad(expected, inputs, dy)):
-        torch.testing.assert_close(torch.zeros_like(exact) if grad is None else grad, exact, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(grad, exact, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize('means', ['inside', 'circle', 'edge'])
@@ -180,6 +180,46 @@ def test_evaluation_computes_the_chosen_normalizer_only(monkeypatch):
     assert passed[-1]['normalizers'] == ('in', 'bn')
     layer.train()(x)
     assert passed[-1]['normalizers'] == ('in', 'ln', 'bn')
+
+
+@pytest.mark.parametrize('affine', [True, False], ids=['affine', 'plain'])
+@pytest.mark.parametrize(
+    'normalizers, chosen',
+    [
+        (('in', 'ln', 'bn'), 0),
+        (('in', 'ln', 'bn'), 1),
+        (('in', 'ln', 'bn'), 2),
+        (('in',), 0),
+        (('ln',), 0),
+        (('bn',), 0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize('training', [True, False])
+def test_logits_have_a_gradient_where_there_is_nothing_to_learn(training, normalizers, chosen, affine):
+    """It is 0. DistributedDataParallel waits for one of every parameter, also of layers in evaluation mode."""
+    ratios = F.one_hot(torch.tensor(chosen), len(normalizers)).tolist()
+    layer = SparseSwitchNorm(4, affine=affine, normalizers=normalizers, init_ratios=ratios)
+    layer.radius.fill_(1.0)
+    y = layer.train(training)(images().float())
+    y.square().mean().backward()
+    assert layer.mean_weight.grad.eq(0).all() and layer.var_weight.grad.eq(0).all()
+    layer.requires_grad_(False)
+    torch.testing.assert_close(
+        layer(images().float()), y
+    )  # in training BN's batch moments, which do not depend on modes
+
+
+def one_hot_in_ddp():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), one_hot(2).float(), nn.Conv2d(4, 4, 1), one_hot(0).float())
+    model = nn.parallel.DistributedDataParallel(net)
+    for _ in range(3):  # the second forward is where DDP finds what the first backward has missed
+        model(torch.randn(2, 3, 8, 8)).square().mean().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_data_parallel_training_with_layers_in_evaluation_mode(two):
+    two(one_hot_in_ddp)
 
 
 def test_what_evaluation_computes_follows_modes_and_checkpoints():

@@ -13,7 +13,7 @@ from mmengine.runner import load_checkpoint
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sn_openmmlab import SwitchNorm, SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SyncSN, switch_norm
+from sn_openmmlab import SparseSwitchNorm, SwitchNorm, SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SyncSN, switch_norm
 
 THIRD = [1 / 3] * 3
 
@@ -35,7 +35,7 @@ def test_registered_in_the_root_registry(name, cls):
 def test_sync_sn_is_registered_and_holds_a_plain_batch_norm():
     """DistributedDataParallel refuses torch's SyncBatchNorm on the CPU, and some backbones freeze BatchNorm2d only."""
     layer = MODELS.build(dict(type='SyncSN', num_features=4, group_size=2))
-    assert isinstance(layer, SyncSN) and type(layer.bn) is nn.BatchNorm2d
+    assert isinstance(layer, SyncSN) and isinstance(layer.bn, nn.BatchNorm2d)
 
 
 def test_conv_module_takes_it_and_drops_the_bias():
@@ -133,24 +133,20 @@ def test_the_mode_of_bn_is_what_counts():
     assert torch.equal(y, expected)
 
 
-def test_a_model_that_fills_every_batch_norm_fills_nothing():
-    """In its own init_weights, as mmseg's PIDNet."""
-    layer = SwitchNorm(4)
-    before = copy.deepcopy(layer.state_dict())
-    for module in layer.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.constant_(module.weight, 3)
-            nn.init.constant_(module.bias, 2)
-    after = layer.state_dict()
-    assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in after)
-    assert [name for name, _ in layer.bn.named_parameters()] == []
+@pytest.mark.parametrize('name, value', [('momentum', 0.3), ('eps', 1e-2)])
+def test_momentum_and_eps_are_the_childs(name, value):
+    layer = SwitchNorm(3, **{name: value})
+    assert getattr(layer, name) == getattr(layer.bn, name) == value
+    setattr(layer, name, value / 2)
+    assert getattr(layer.bn, name) == value / 2
+    setattr(layer.bn, name, value / 4)
+    assert getattr(layer, name) == value / 4
 
 
-def test_momentum_is_the_childs():
-    layer = SwitchNorm(3, momentum=0.3)
-    assert layer.momentum == layer.bn.momentum == 0.3
-    layer.momentum = 0.5
-    assert layer.bn.momentum == 0.5
+@pytest.mark.parametrize('kind', [SwitchNorm, SparseSwitchNorm])
+def test_torch_calls_the_input_input(kind):
+    layer, x = kind(3).eval(), torch.randn(2, 3, 4, 4)
+    assert torch.equal(layer(input=x), layer(x))
 
 
 @pytest.mark.parametrize('momentum', [0.1, None])

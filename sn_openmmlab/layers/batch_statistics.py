@@ -1,0 +1,144 @@
+"""The child ``bn`` of an SN layer, and what it tells the layer: as a BatchNorm is told things by third parties.
+
+Nothing but this is read of it, whatever class has taken its place: the buffers ``running_mean``, ``running_var`` and
+``num_batches_tracked``; ``training``, ``track_running_stats``, ``momentum`` and ``eps``; the process group of a
+synchronised one; and hooks, which run around the layer's own computation. Its ``forward`` is never called.
+"""
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """A BatchNorm that holds an SN layer's batch statistics, and no parameters of its own.
+
+    What loops over the BatchNorms of a model do to ``weight`` and ``bias`` they do to the layer's: filling them,
+    assigning new ones, and freezing them, which freezes the logits of the importance ratios with the weight. Both share
+    memory with the layer's, but are no parameters, so that no optimizer gets these twice.
+    """
+
+    def belong_to(self, layer: nn.Module) -> None:
+        """Take a layer's weight and bias for one's own."""
+        self.__dict__['_layer'] = weakref.ref(layer)  # a strong one would keep models in memory until a collection
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The layer's weight."""
+        layer = self._owner()
+        return _share(layer.weight, layer.mean_weight, layer.var_weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's bias."""
+        return _share(self._owner().bias)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter; a weight or bias becomes the layer's."""
+        if param is not None and name in ('weight', 'bias'):
+            setattr(self._owner(), name, param)
+        else:
+            super().register_parameter(name, param)
+
+    def requires_grad_(self, requires_grad: bool = True) -> 'BatchNorm2d':
+        """Freeze the layer's parameters, or let them learn."""
+        for shared in self.weight, self.bias:
+            if shared is not None:
+                shared.requires_grad_(requires_grad)
+        return self
+
+    def _owner(self) -> nn.Module:
+        layer = self.__dict__.get('_layer', lambda: None)()
+        if layer is None:  # torch then finds None, the parameters of a BatchNorm without any
+            raise AttributeError('this BatchNorm2d belongs to no SwitchNorm')
+        return layer
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != '_layer'}
+
+
+class _Shared(Tensor):
+    """The memory of a parameter, and the ``requires_grad`` of it and others."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def requires_grad(self) -> bool:
+        return self._parameters[0].requires_grad
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        for parameter in self._parameters:
+            parameter.requires_grad = value
+
+    def requires_grad_(self, requires_grad: bool = True) -> Tensor:
+        self.requires_grad = requires_grad
+        return self
+
+
+def _share(parameter: nn.Parameter | None, *others: nn.Parameter) -> Tensor | None:
+    if type(parameter) is not nn.Parameter:  # None; or a DTensor, whose memory no other tensor can have
+        return parameter
+    shared = Tensor._make_subclass(_Shared, parameter.detach())
+    shared._parameters = parameter, *others
+    return shared
+
+
+def holder(bn: nn.Module) -> nn.Module:
+    """The module that has the running statistics: ``bn`` itself, or what wrappers such as FSDP's have inside."""
+    if 'running_mean' in bn._buffers:
+        return bn
+    for module in bn.modules():
+        if 'running_mean' in module._buffers:
+            return module
+    raise RuntimeError(
+        f"{type(bn).__name__} has taken the place of an SN layer's bn, and holds no running statistics. To change norm "
+        'layers, replace the SwitchNorm as a whole, and leave its child alone'
+    )
+
+
+def statistics(bn: nn.Module) -> dict:
+    """Arguments of :func:`.switch_norm`; ``group`` remains to be found where ``training``."""
+    # FrozenBatchNorm2d of torchvision, detectron2 and timm are in training mode with the model, but have no momentum
+    momentum = getattr(bn, 'momentum', _FROZEN)
+    training = bn.training and momentum is not _FROZEN
+    moved = not training or bn.track_running_stats
+    return dict(
+        running_mean=bn.running_mean if moved else None,
+        running_var=bn.running_var if moved else None,
+        num_batches_tracked=bn._buffers.get('num_batches_tracked'),
+        training=training,
+        momentum=momentum if training else 0.0,
+    )
+
+
+_FROZEN = object()
+
+
+def group_of(bn: nn.Module):
+    """The process group that a synchronised BatchNorm was made for; None where it is all processes, or none was."""
+    return bn.__dict__.get('process_group')
+
+
+def is_synchronised(bn: nn.Module) -> bool:
+    """Whether ``bn`` has become torch's SyncBatchNorm (which has a ``process_group``) or mmcv's (``group``)."""
+    return 'process_group' in bn.__dict__ or 'group' in bn.__dict__
+
+
+def has_hooks(bn: nn.Module) -> bool:
+    """Whether somebody waits for ``bn`` to be called."""
+    return bool(bn._forward_pre_hooks or bn._forward_hooks or bn._backward_hooks or bn._backward_pre_hooks)
+
+
+def call(bn: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
+    """Call ``bn``, with its hooks, and ``forward`` in place of its own."""
+    before = bn.__dict__.get('forward')
+    bn.__dict__['forward'] = forward
+    try:
+        return bn(x)
+    finally:
+        del bn.__dict__['forward']
+        if before is not None:
+            bn.__dict__['forward'] = before

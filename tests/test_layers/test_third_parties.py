@@ -1,0 +1,416 @@
+"""What third parties do to each BatchNorm2d of a model does to SN what it does to BatchNorm.
+
+Each action is done to a network with BatchNorm and to the same one with SN whose importance is all on BN; then both
+have to compute the same, in training and in evaluation, with the same running statistics and the same gradients.
+"""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.func import replace_all_batch_norm_modules_
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import update_bn
+
+from sn_openmmlab import SparseSwitchNorm, SwitchNorm, SyncSN
+
+CLOSE = dict(rtol=1e-9, atol=1e-9)
+
+
+def network(norm):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4), nn.ReLU(), nn.Conv2d(4, 5, 3), norm(5)).double()
+    for p in net.parameters():
+        if p.requires_grad and p.shape != (3,):
+            p.data.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    for m in batch_norms(net):
+        m.running_mean.copy_(torch.linspace(-1, 1, m.num_features))
+        m.running_var.copy_(torch.linspace(0.5, 2, m.num_features))
+    return net
+
+
+def batch_norms(net):
+    return [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+def norms(net):
+    return [net[1], net[4]]
+
+
+def batches(n=3, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(4, 3, 8, 8, generator=generator, dtype=torch.float64) * (i + 1) + i for i in range(n)]
+
+
+def statistics(net):
+    """Of the children, if there are any, whatever their class."""
+    layers = [m for m in net.modules() if 'running_mean' in m._buffers and not isinstance(m, SwitchNorm)]
+    return [b.clone() for m in layers for b in (m.running_mean, m.running_var) if b is not None]
+
+
+def outcome(net, modes=(True, False)):
+    """Outputs, running statistics and gradients of the norms' weights and biases, in both modes and without setting."""
+    seen = []
+    for mode in (None, *modes):
+        if mode is not None:
+            net.train(mode)
+        net.zero_grad()
+        y = net(batches()[0])
+        if y.requires_grad:
+            y.pow(3).sum().backward()
+        seen += [y.detach(), *statistics(net)]
+        for m in norms(net):
+            seen += [getattr(getattr(m, name, None), 'grad', None) for name in ('weight', 'bias')]
+    return seen
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """As torchvision's and detectron2's; torchvision has no build for the CPU beside every torch, as timm wants it."""
+
+    def __init__(self, num_features, eps=1e-5):
+        super().__init__()
+        self.eps = eps
+        for name, value in dict(weight=1, bias=0, running_mean=0, running_var=1).items():
+            self.register_buffer(name, torch.full((num_features,), float(value)))
+
+    def forward(self, x):
+        scale = (self.weight * (self.running_var + self.eps).rsqrt())[:, None, None]
+        return x * scale + (self.bias[:, None, None] - self.running_mean[:, None, None] * scale)
+
+
+def freeze_by_replacement(module):
+    """As timm's ``freeze_batch_norm_2d`` and detectron2's ``convert_frozen_batchnorm``."""
+    if not isinstance(module, nn.BatchNorm2d):
+        for name, child in module.named_children():
+            module.add_module(name, freeze_by_replacement(child))
+        return module
+    frozen = FrozenBatchNorm2d(module.num_features, module.eps)
+    if module.affine:
+        frozen.weight.data, frozen.bias.data = module.weight.data.clone(), module.bias.data.clone()
+    frozen.running_mean.data, frozen.running_var.data = module.running_mean.data, module.running_var.data
+    return frozen
+
+
+def timm_freeze(net):
+    """As ``timm.utils.freeze``: parameters, then the replacement."""
+    for p in net.parameters():
+        p.requires_grad = False
+    freeze_by_replacement(net)
+
+
+def to_each(action):
+    def act(net):
+        for m in batch_norms(net):
+            action(m)
+
+    return act
+
+
+def set_each(**values):
+    return to_each(lambda m: [setattr(m, name, value) for name, value in values.items()])
+
+
+def freeze(m):
+    m.eval()
+    m.weight.requires_grad = False
+    m.bias.requires_grad = False
+
+
+def freeze_in_place(m):
+    m.weight.requires_grad_(False)
+    m.bias.requires_grad_(False)
+
+
+def freeze_module(m):
+    m.requires_grad_(False)
+
+
+def freeze_and_let_learn(m):
+    freeze(m)
+    m.requires_grad_(True)
+    m.train()
+
+
+def fill(m):
+    nn.init.constant_(m.weight, 0.5)
+    nn.init.constant_(m.bias, 2)
+
+
+def prune_by_size(m):
+    m.weight.data.mul_((m.weight.data.abs() > 0.5).double())
+
+
+def assign(m):
+    m.weight = nn.Parameter(torch.full_like(m.weight, 0.5))
+    m.bias = nn.Parameter(torch.full_like(m.bias, 2))
+
+
+def forget(m):
+    """As TENT, which adapts at test time by each batch's own moments."""
+    m.requires_grad_(True)
+    m.track_running_stats, m.running_mean, m.running_var = False, None, None
+
+
+def shift_the_input(m):
+    m.register_forward_pre_hook(lambda m, args: (args[0] * 2 + 1,))
+
+
+def scale_the_output(m):
+    m.register_forward_hook(lambda m, args, y: y * 2)
+
+
+def train_on(net, data):
+    net.train()
+    for x in data:
+        net(x)
+
+
+def precise(net):
+    tool = pytest.importorskip('fvcore.nn.precise_bn', reason='fvcore is in requirements/dev.txt')
+    tool.update_bn_stats(net.train(), batches(), 3)
+
+
+ACTIONS = dict(
+    nothing=lambda net: None,
+    eval=to_each(lambda m: m.eval()),
+    freeze=to_each(freeze),
+    freeze_in_place=to_each(freeze_in_place),
+    freeze_module=to_each(freeze_module),
+    freeze_and_let_learn=to_each(freeze_and_let_learn),
+    frozen_batch_norm=freeze_by_replacement,
+    timm_freeze=timm_freeze,
+    stop_tracking=set_each(track_running_stats=False),
+    eps=set_each(eps=1.0),
+    momentum=set_each(momentum=0.7),
+    momentum_none=set_each(momentum=None),
+    running_mean=to_each(lambda m: setattr(m, 'running_mean', m.running_mean + 1)),
+    reset_running_stats=to_each(lambda m: m.reset_running_stats()),
+    fill=to_each(fill),
+    prune_by_size=to_each(prune_by_size),
+    assign=to_each(assign),
+    tent=to_each(forget),
+    functorch=replace_all_batch_norm_modules_,
+    pre_hook=to_each(shift_the_input),
+    hook=to_each(scale_the_output),
+    update_bn=lambda net: update_bn(batches(), net),
+    precise_bn=precise,
+)
+
+
+@pytest.mark.parametrize('kind', [SwitchNorm, SyncSN, SparseSwitchNorm], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize('action', ACTIONS)
+def test_what_is_done_to_each_batch_norm(action, kind):
+    expected, got = network(nn.BatchNorm2d), network(lambda c: kind(c, init_ratios=(0, 0, 1)))
+    if kind is SparseSwitchNorm:
+        for m in norms(got):
+            m.radius.fill_(1)
+    untouched = outcome(copy.deepcopy(expected))
+    for net in expected, got:
+        ACTIONS[action](net)
+    if action == 'frozen_batch_norm':  # has BN's weight and bias as buffers; SN's are its own and learn on
+        expected.requires_grad_(False), got.requires_grad_(False)
+    results = outcome(expected), outcome(got)
+    assert len(results[0]) == len(results[1])
+    for a, b in zip(*results):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(b, a, **CLOSE)
+    if action not in ('nothing', 'freeze_and_let_learn'):  # the comparison sees it
+        differ = [a is None or b is None or not torch.equal(a, b) for a, b in zip(results[0], untouched)]
+        assert len(results[0]) != len(untouched) or any(differ)
+
+
+@pytest.mark.parametrize('action', ['freeze', 'freeze_in_place', 'freeze_module'])
+def test_importance_ratios_freeze_with_the_weight(action):
+    """As in convert_switch_norm: nothing of a norm that somebody has frozen learns."""
+    net = network(SwitchNorm)
+    ACTIONS[action](net)
+    assert not any(p.requires_grad for m in norms(net) for p in m.parameters())
+    assert all(p.requires_grad for p in net[0].parameters())
+
+
+def test_the_childs_weight_is_no_parameter():
+    """Optimizers that collect ``m.weight`` of norms and of BatchNorms get the layer's once."""
+    layer = SwitchNorm(4)
+    assert [*layer.bn.parameters()] == [] and not isinstance(layer.bn.weight, nn.Parameter)
+    assert not [key for key in layer.state_dict() if key.startswith('bn.') and key.endswith(('weight', 'bias'))]
+    optimizer = torch.optim.SGD([layer.weight, layer.bn.weight, layer.bn.bias], lr=1.0)
+    layer(torch.randn(2, 4, 5, 5)).pow(3).sum().backward()
+    expected = layer.weight.detach() - layer.weight.grad
+    optimizer.step()
+    assert torch.equal(layer.weight, expected)
+    assert SwitchNorm(4, affine=False).bn.weight is None
+
+
+@pytest.mark.parametrize(
+    'make', [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=['deepcopy', 'pickle']
+)
+def test_the_child_of_a_copy_is_the_copys(make):
+    layer = SwitchNorm(4)
+    other = make(layer)
+    nn.init.constant_(other.bn.weight, 3)
+    other.bn.bias.requires_grad = False
+    assert other.weight.eq(3).all() and layer.weight.eq(1).all()
+    assert layer.bias.requires_grad and not other.bias.requires_grad
+
+
+def test_a_layer_is_freed_at_once():
+    layer = SwitchNorm(4)
+    layer(torch.randn(2, 4, 5, 5))
+    gone = weakref.ref(layer)
+    gc.disable()
+    try:
+        del layer
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    'other', [lambda c: nn.GroupNorm(1, c), lambda c: nn.Identity()], ids=['GroupNorm', 'Identity']
+)
+def test_a_child_without_statistics_is_refused(other):
+    layer = SwitchNorm(4)
+    layer.bn = other(4)
+    with pytest.raises(
+        RuntimeError, match='(GroupNorm|Identity) has taken the place of .* replace the SwitchNorm as a whole'
+    ):
+        layer(torch.randn(2, 4, 5, 5))
+
+
+@pytest.mark.parametrize('wrap', [nn.Sequential, lambda m: nn.ModuleDict(dict(module=m)), torch.compile])
+def test_wrappers_are_looked_through(wrap):
+    """As FSDP puts them around each BatchNorm: with real processes in tests/test_engines.py."""
+    layer, plain, x = SwitchNorm(4), SwitchNorm(4), torch.randn(2, 4, 5, 5)
+    layer.bn = wrap(layer.bn)
+    assert torch.equal(layer(x), plain(x))
+    for module in layer.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+    plain.bn.eval()
+    before = [b.clone() for b in plain.buffers()]
+    assert torch.equal(layer(x), plain(x))
+    assert all(torch.equal(a, b) for a, b in zip(layer.buffers(), before))
+
+
+def test_hooks_see_what_they_see_of_a_batch_norm():
+    """Input, output, gradients, each once a call; as losses on statistics (DeepInversion) and recorders want them."""
+    seen = {}
+    for name, norm in dict(bn=nn.BatchNorm2d, sn=lambda c: SwitchNorm(c, init_ratios=(0, 0, 1))).items():
+        net, shapes = network(norm), []
+        for m in batch_norms(net):
+            m.register_forward_pre_hook(lambda m, args, s=shapes: s.append(('pre', args[0].shape)))
+            m.register_forward_hook(lambda m, args, y, s=shapes: s.append(('after', args[0].shape, y.sum().item())))
+            m.register_full_backward_hook(lambda m, dx, dy, s=shapes: s.append(('backward', dx[0].shape)))
+        net(batches()[0].requires_grad_()).pow(2).sum().backward()
+        seen[name] = shapes
+    assert len(seen['bn']) == 6
+    for a, b in zip(seen['bn'], seen['sn'], strict=True):
+        assert a[:2] == b[:2] and a[2:] == pytest.approx(b[2:], abs=1e-9)
+
+
+def test_a_failing_hook_leaves_the_child_as_it_was():
+    layer = SwitchNorm(4)
+
+    def fail(*_):
+        raise ValueError('a hook')
+
+    hook = layer.bn.register_forward_pre_hook(fail)
+    with pytest.raises(ValueError, match='a hook'):
+        layer(torch.randn(2, 4, 5, 5))
+    hook.remove()
+    assert 'forward' not in vars(layer.bn) and layer(torch.randn(2, 4, 5, 5)).isfinite().all()
+
+
+# -- symbolic traces --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('kind', [nn.BatchNorm2d, SwitchNorm, SparseSwitchNorm], ids=lambda kind: kind.__name__)
+def test_cleaning_a_symbolic_trace_takes_nothing_away(kind, tmp_path):
+    """Nor of the model that it was taken of; and the trace follows train() and eval()."""
+    net = network(kind)
+    names, plain = net.state_dict().keys(), copy.deepcopy(net)
+    traced = torch.fx.symbolic_trace(net)
+    traced.delete_all_unused_submodules()
+    assert traced.state_dict().keys() == net.state_dict().keys() == names
+    for mode in True, False:
+        traced.train(mode), plain.train(mode)
+        assert torch.equal(traced(batches()[0]), plain(batches()[0]))
+    assert all(torch.equal(a, b) for a, b in zip(traced.buffers(), plain.buffers()))
+    traced.to_folder(tmp_path, 'Traced')
+
+
+@pytest.mark.filterwarnings('ignore')  # torch.ao says that it moves to torchao
+@pytest.mark.parametrize('norm', [lambda c: nn.GroupNorm(1, c), SwitchNorm, SparseSwitchNorm], ids=['GN', 'SN', 'SSN'])
+@pytest.mark.parametrize('training', [False, True], ids=['after training', 'aware training'])
+def test_quantization(norm, training):
+    """The layers around SN are quantized, SN stays as it is."""
+    from torch.ao.quantization import get_default_qat_qconfig_mapping, get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
+
+    net = network(norm).float().train(training)
+    x = batches()[0].float()
+    prepare, mapping = prepare_fx, get_default_qconfig_mapping('x86')
+    if training:
+        prepare, mapping = prepare_qat_fx, get_default_qat_qconfig_mapping('x86')
+    prepared = prepare(copy.deepcopy(net), mapping, (x,))
+    for batch in batches():
+        prepared(batch.float())
+        net(batch.float())
+    y = convert_fx(prepared.eval())(x)
+    exact = net.eval()(x)
+    assert (y - exact).norm() / exact.norm() < 0.05
+
+
+# -- optimizer rules --------------------------------------------------------------------------------------------------
+
+
+def detectron2_rule(net):
+    """As ``get_default_optimizer_params``: the classes that it lists."""
+    types = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm, nn.InstanceNorm1d,
+             nn.InstanceNorm2d, nn.InstanceNorm3d, nn.LayerNorm, nn.LocalResponseNorm)  # fmt: skip
+    return {id(p) for m in net.modules() if isinstance(m, types) for p in m.parameters(recurse=False)}
+
+
+def yolo_rule(net):
+    """As YOLOv5's ``smart_optimizer`` and Ultralytics' ``build_optimizer``: whatever torch.nn calls a Norm."""
+    types = tuple(v for k, v in vars(nn).items() if 'Norm' in k)
+    return {id(p) for m in net.modules() if isinstance(m, types) for p in m.parameters(recurse=False)}
+
+
+def torchvision_rule(net):
+    """As ``set_weight_decay`` of torchvision's references."""
+    types = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, nn.LocalResponseNorm)
+    return {id(p) for m in net.modules() if isinstance(m, types) for p in m.parameters(recurse=False)}
+
+
+def timm_rule(net):
+    """As ``param_groups_weight_decay``: whatever has one dimension."""
+    return {id(p) for p in net.parameters() if p.ndim <= 1}
+
+
+@pytest.mark.parametrize('kind', [nn.BatchNorm2d, SwitchNorm, SyncSN, SparseSwitchNorm], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize('rule', [detectron2_rule, yolo_rule, torchvision_rule, timm_rule])
+def test_rules_that_spare_norms_weight_decay_spare_all_of_sn(rule, kind):
+    net = network(kind)
+    assert {id(p) for m in norms(net) for p in m.parameters()} <= rule(net)
+    assert id(net[0].weight) not in rule(net)
+
+
+def split_normalization_params(net):
+    """As torchvision's: whatever has children is no norm. docs/third_parties.md has the remedy."""
+    norm_params, other_params = [], []
+    types = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, nn.LocalResponseNorm)
+    for m in net.modules():
+        leaf = next(m.children(), None) is None
+        (norm_params if leaf and isinstance(m, types) else other_params).extend(m.parameters(recurse=False))
+    return norm_params, other_params
+
+
+def test_a_rule_for_leaves_misses_sn():
+    assert len(split_normalization_params(network(nn.BatchNorm2d))[0]) == 4
+    assert split_normalization_params(network(SwitchNorm))[0] == []
