@@ -6,6 +6,8 @@ every dtype. Where they are slow, plain arithmetic takes their place. Maps are (
 (N, C).
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable, Iterator
 
@@ -14,12 +16,28 @@ from torch import Tensor
 
 from . import algebra  # noqa: F401  (part of a backend's interface)
 from .reference import moments_dtype
+from .torch_versions import VERSION
 
 _aten = torch.ops.aten
 _SMALL = 64  # pixels of a map below which calling a kernel for it costs more than its work
 _CHUNK = 2**19  # elements that stay in the cache from one operation to the next
 
 
+def _where_torch_cannot(function: Callable) -> Callable:
+    """Decorate a pass: half precision on the CPU, for which older torch lacks kernels, goes through float32."""
+
+    @functools.wraps(function)
+    def wrapper(x: Tensor, *others: Tensor):
+        if x.dtype not in lacking or x.device.type != 'cpu':
+            return function(x, *others)
+        result = function(*(t.float() for t in (x, *others)))
+        return result.to(x.dtype) if isinstance(result, Tensor) else result  # moments and sums stay float32
+
+    lacking = [torch.float16] * (VERSION < (2, 4)) + [torch.bfloat16] * (VERSION < (2, 0))
+    return wrapper if lacking else function
+
+
+@_where_torch_cannot
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Pass 1: mean and biased variance of each map."""
     if x.device.type == 'cpu' and (x.is_contiguous() or _many(x)):
@@ -37,6 +55,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return _join(parts, x)
 
 
+@_where_torch_cannot
 def affine(x: Tensor, mean: Tensor, a: Tensor, s: Tensor) -> Tensor:
     """Pass 2: ``a*(x - mean) + s``."""
     if _is_half(x):
@@ -45,14 +64,13 @@ def affine(x: Tensor, mean: Tensor, a: Tensor, s: Tensor) -> Tensor:
     elif not x.is_contiguous() or x.shape[2] < _SMALL:
         a, s = a[..., None], torch.addcmul(s, mean, a, value=-1)[..., None]
         return torch.mul(x, a).add_(s) if x.is_contiguous() else torch.addcmul(s, x, a)
-    y, none = torch.empty_like(x), mean.new_empty(0)  # the evaluation of a batch norm of variance 1
+    y = torch.empty_like(x)
     for sample, out, *coefficients in zip(_samples(x), _samples(y), *(_split(x, t) for t in (a, s, mean))):
-        _aten.native_batch_norm.out(
-            sample, *coefficients, _constants(sample)[1], False, 0.0, 0.0, out=out, save_mean=none, save_invstd=none
-        )
+        _evaluate(sample, *coefficients, _constants(sample)[1], out)
     return y
 
 
+@_where_torch_cannot
 def reduce(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """Pass 3: sum of dy and sum of dy * (x - mean) over each map."""
     if _many(x):
@@ -61,6 +79,7 @@ def reduce(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     return _join([_sums(*sample) for sample in samples], x)
 
 
+@_where_torch_cannot
 def combine(dy: Tensor, x: Tensor, mean: Tensor, a: Tensor, b1: Tensor, b0: Tensor) -> Tensor:
     """Pass 4: ``a*dy + b1*(x - mean) + b0``."""
     if not _is_half(x):
@@ -102,6 +121,17 @@ def _sums(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
         dy, x, ones, mean, ones, mean, ones, False, 0.0, [False, True, True]
     )
     return sum_dy, sum_dyx
+
+
+def _evaluate(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, out: Tensor) -> None:
+    """The evaluation of a batch norm, of eps 0."""
+    arguments = x, weight, bias, mean, var, False, 0.0, 0.0
+    if VERSION >= (2, 0):  # before, the CPU has no such operation
+        # one tensor each: CUDA's kernel writes mean and 1/std there, and then normalises with what it reads there
+        saved = dict(save_mean=mean.new_empty(0), save_invstd=mean.new_empty(0))
+        _aten.native_batch_norm.out(*arguments, out=out, **saved)
+    else:
+        out.copy_(_aten.native_batch_norm(*arguments)[0])
 
 
 def _is_half(x: Tensor) -> bool:

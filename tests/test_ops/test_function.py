@@ -8,9 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
-from sn_openmmlab.ops import NORMALIZERS, cpp, switch_norm, switch_norm_reference
+from sn_openmmlab.ops import NORMALIZERS, cpp, native, switch_norm, switch_norm_reference
+from sn_openmmlab.ops.torch_versions import VERSION
 
 BACKENDS = ['reference', 'native']
+NATIVE = {
+    'native': (),
+    'native as on CUDA': pytest.mark.skipif(VERSION < (2, 0), reason='torch 1.13 uses no native_batch_norm.out'),
+    'native on CUDA': pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU'),
+}
 CPP = pytest.param(
     'cpp',
     marks=pytest.mark.skipif(
@@ -26,6 +32,7 @@ SHAPES = [
     (2, 1, 4, 4),  # one channel: LN equals IN
     (2, 6, 1, 1),  # pooled maps
     (20, 6, 3, 3),  # RoIs: many small maps
+    (2, 6, 8, 9),  # maps of 64 pixels and more
     (1, 6, 1, 1),  # BN and IN of torch raise here
 ]
 LAYOUTS = ['contiguous', 'transposed', 'channels_last']
@@ -33,9 +40,30 @@ LAYOUTS = ['contiguous', 'transposed', 'channels_last']
 
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
-    """For input in any dtype."""
-    monkeypatch.setenv('SN_BACKEND', request.param)
-    return request.param
+    """For input in any dtype; the value is the device."""
+    name, *where = request.param.split()
+    monkeypatch.setenv('SN_BACKEND', name)
+    if where[:1] == ['as']:
+        monkeypatch.setattr(native, '_aten', AsOnCuda())
+    return 'cuda' if where[:1] == ['on'] else 'cpu'
+
+
+class AsOnCuda:
+    """torch's operators, with the batch norm that CUDA has."""
+
+    def __getattr__(self, name):
+        return getattr(torch.ops.aten, name)
+
+    class native_batch_norm:
+        @staticmethod
+        def out(x, weight, bias, running_mean, running_var, training, momentum, eps, *, out, save_mean, save_invstd):
+            """As ATen's batch_norm_cuda_out evaluates: it keeps the moments, and takes those that it has kept."""
+            assert not training
+            save_mean.resize_(running_mean.shape).copy_(running_mean)
+            save_invstd.resize_(running_var.shape).copy_((running_var + eps).rsqrt())
+            shape = 1, -1, *[1] * (x.dim() - 2)
+            mean, rstd, weight, bias = (t.view(shape) for t in (save_mean, save_invstd, weight, bias))
+            out.copy_((x.to(mean.dtype) - mean) * rstd * weight + bias)
 
 
 @pytest.fixture(params=[*BACKENDS, CPP])
@@ -110,6 +138,7 @@ def test_double_backward_where_input_depends_on_the_parameters(backend):
     assert gradgradcheck(lambda *a: switch_norm(x * a[2][:, None, None] + a[0].sum(), *a, training=True, eps=0.1), args)
 
 
+@pytest.mark.skipif(VERSION < (2, 0), reason='torch.func came with torch 2')
 def test_torch_func_takes_the_reference():
     x, args = rand(2, 3, 4, 4), arguments(3)
     grad = torch.func.grad(lambda t: switch_norm(t, *args, training=True).pow(3).sum())(x)
@@ -129,7 +158,11 @@ def run(x, args, stats, dy, **kwargs):
 @pytest.mark.parametrize(
     'backend, dtype',
     [
-        *[('native', dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)],
+        *[
+            pytest.param(name, dtype, marks=marks)
+            for name, marks in NATIVE.items()
+            for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        ],
         *[pytest.param('cpp', dtype, marks=CPP.marks) for dtype in (torch.float32, torch.bfloat16)],
     ],
     indirect=['backend'],
@@ -140,7 +173,9 @@ def test_equals_the_float64_reference(shape, dtype, backend, layout, training, m
     """Output and every gradient, parameters in float32 as under AMP."""
     x, dy = (laid_out(rand(*shape, seed=s).to(dtype), layout) for s in (7, 8))
     args, stats = arguments(shape[1], dtype=torch.float32), arguments(shape[1], stats=True, dtype=torch.float32)[4:]
-    got = run(x, args, stats, dy, training=training, eps=1e-2)
+    there = [[t.to(backend) for t in ts] for ts in ([x, dy], args, stats)]
+    got = run(there[0][0], *there[1:], there[0][1], training=training, eps=1e-2)
+    got = [t.cpu() for t in got]
     monkeypatch.setenv('SN_BACKEND', 'reference')
     doubled = [[t.double() for t in ts] for ts in (args, stats)]
     expected = run(x.double(), *doubled, dy.double(), training=training, eps=1e-2)
@@ -169,6 +204,9 @@ def test_every_subset_of_normalizers(names, affine):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.skipif(
+    VERSION < (2, 1), reason='torch before 2.1 has no float16 lerp on the CPU, which updates statistics'
+)
 def test_half_parameters_follow_model_half(backend):
     x, args = rand(2, 6, 5, 5, dtype=torch.float16), arguments(6, dtype=torch.float16, stats=True)
     grads = run(x, args[:4], args[4:], x, training=True)
@@ -320,7 +358,8 @@ def test_the_output_feeds_views_and_in_place_relu(backend):
 )
 def test_wrong_input_says_what_and_how_to_mend_it(change, error, message):
     args = dict(x=torch.zeros(2, 6), mean_weight=torch.ones(3), var_weight=torch.ones(3))
-    args |= dict(weight=torch.ones(6), bias=torch.zeros(6)) | change
+    args.update(weight=torch.ones(6), bias=torch.zeros(6))
+    args.update(change)
     with pytest.raises(error, match=message):
         switch_norm(**args)
 

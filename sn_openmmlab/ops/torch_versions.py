@@ -1,0 +1,9 @@
+"""What differs between versions of torch from 1.13 on. What one lacks answers no, as bool() does."""
+
+import torch
+
+VERSION = tuple(int(number) for number in torch.__version__.split('.')[:2])
+
+_compiler = getattr(torch, 'compiler', None)  # 2.1
+is_compiling = getattr(_compiler, 'is_compiling', getattr(torch._utils, 'is_compiling', bool))  # 2.3, or 2.0
+is_exporting = getattr(_compiler, 'is_exporting', bool)  # 2.7
