@@ -4,6 +4,8 @@ One autograd Function runs the four passes of a backend and the algebra between 
 tensors are kept for backward.
 """
 
+from __future__ import annotations
+
 import functools
 import os
 import warnings
@@ -15,9 +17,9 @@ from torch import Tensor
 from . import cpp, native
 from .graph import switch_norm_graph
 from .reference import NORMALIZERS, moments_dtype, switch_norm_reference
+from .torch_versions import is_compiling, is_exporting
 
 _BACKENDS = ('reference', 'native', 'cpp', 'triton')
-_is_exporting = getattr(torch.compiler, 'is_exporting', bool)  # torch 2.7 or newer; the reference can be exported too
 
 
 def switch_norm(
@@ -86,10 +88,10 @@ def switch_norm(
     mean_bn, var_bn = (running_mean, running_var) if 'bn' in normalizers and not batch else (None, None)
     update = None
     if batch and training and running_mean is not None:
-        update = functools.partial(_update, running_mean, running_var, num_batches_tracked, momentum)
+        update = running_mean, running_var, num_batches_tracked, momentum
 
     backend = _choose_backend(x)
-    if backend is None and not batch and (torch.jit.is_tracing() or _is_exporting()):
+    if backend is None and not batch and (torch.jit.is_tracing() or is_exporting()):
         return switch_norm_graph(x, mean_weight, var_weight, weight, bias, mean_bn, var_bn, normalizers, eps)
     if backend is None and group is not None:
         raise RuntimeError(
@@ -102,7 +104,7 @@ def switch_norm(
         )
         if update is not None:
             with torch.no_grad():
-                update(mean, var, x.numel() // x.shape[1])
+                _update(*update, mean, var, x.numel() // x.shape[1])
         return y
     args = x, mean_weight, var_weight, weight, bias, mean_bn, var_bn, normalizers, eps, group, backend, update
     return _SwitchNorm.apply(*args) if torch.is_grad_enabled() else _forward(*args)[0]
@@ -111,7 +113,7 @@ def switch_norm(
 def _forward(x, mean_weight, var_weight, weight, bias, mean_bn, var_bn, normalizers, eps, group, backend, update):
     """The output; what the algebra of backward needs; and the number of pixels behind the batch's BN moments.
 
-    ``update`` takes the batch's BN moments and that number, to move the running statistics; None leaves them alone.
+    ``update`` holds the running statistics to move, and their momentum; None leaves them alone.
     """
     h = _maps(x)
     if h.numel():
@@ -122,7 +124,7 @@ def _forward(x, mean_weight, var_weight, weight, bias, mean_bn, var_bn, normaliz
         mean_in, var_in, mean_bn, var_bn, mean_weight, var_weight, weight, bias, normalizers, eps, h.shape[2], group
     )
     if update is not None:
-        update(*saved[2:4], count)
+        _update(*update, *saved[2:4], count)
     y = backend.affine(h, mean_in, a, s) if h.numel() else torch.empty_like(h)
     # no view of anything, since ReLU(inplace=True) follows; also without gradients, as in a checkpoint's first forward
     return x.new_empty(0).set_(y.view(x.shape)), saved, count
@@ -208,7 +210,7 @@ def _update(running_mean, running_var, num_batches_tracked, momentum, mean, var,
 def _choose_backend(x: Tensor):
     """The module whose passes to run, or None for the reference."""
     if (
-        torch.compiler.is_compiling()
+        is_compiling()
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
         or x.device.type in ('meta', 'mps')  # no values, no float64
@@ -233,34 +235,35 @@ def _backend_for(device: torch.device, dtype: torch.dtype):
         )
     if name == 'native' or (not name and device.type != 'cuda'):
         return native
-    triton = _triton()
-    if triton is not None and triton.runs_on(device):
+    triton, reason = _triton(device, dtype)
+    if triton is not None:
         return triton
     if not name:
-        _warn_once(
-            'SwitchNorm takes slower kernels of torch: its own need Triton 3.2 or newer (`pip install triton`) and '
-            'compute capability 7 or newer'
-        )
+        _warn_once(f'SwitchNorm takes slower kernels of torch, since its own do not run here: {reason}')
         return native
-    if triton is None:
-        raise RuntimeError("SN_BACKEND is 'triton', but Triton 3.2 or newer is missing; run `pip install triton`")
     raise RuntimeError(
-        f"SN_BACKEND is 'triton', which does not run on {device}; move the input to a CUDA device, unset SN_BACKEND, "
-        'or set TRITON_INTERPRET=1 from the start to run the kernels in the interpreter'
+        f"SN_BACKEND is 'triton', whose kernels do not run here: {reason}; mend this or unset SN_BACKEND"
     )
 
 
-@functools.cache
-def _triton():
-    """The Triton backend, imported when first wanted; None where Triton is missing."""
+@functools.lru_cache(None)
+def _triton(device: torch.device, dtype: torch.dtype):
+    """The Triton backend, imported and tried when first wanted; or None, and why it does not run."""
     try:
         from . import triton
-    except ImportError:
-        return None
-    return triton
+    except ImportError as error:
+        # torch demands one version of Triton: another one is had by another torch only
+        return None, f'they need Triton 3.0 or newer, which comes with torch 2.4 and newer ({error})'
+    reason = triton.lacks(device, dtype)
+    if reason is None:
+        try:
+            triton.moments(torch.zeros(1, 1, 1, dtype=dtype, device=device))
+        except Exception as error:  # of many types, where there is no C compiler, no Python.h, no folder to write to
+            reason = f'Triton cannot compile them ({error})'
+    return (triton, None) if reason is None else (None, reason)
 
 
-@functools.cache
+@functools.lru_cache(None)
 def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=5)
 

@@ -5,6 +5,8 @@ tiles of ROWS maps x PIXELS: of many maps where they are small, of a part of one
 are joined by a second launch in a fixed order, so that results repeat bit for bit.
 """
 
+from __future__ import annotations
+
 import functools
 
 import torch
@@ -14,15 +16,20 @@ from torch import Tensor
 
 from . import triton_algebra as algebra  # noqa: F401  (part of a backend's interface)
 from .reference import moments_dtype
-from .triton_algebra import Plan, launch, pool
+from .triton_algebra import VERSION, Plan, launch, pool
 
 
-@functools.cache
-def runs_on(device: torch.device) -> bool:
-    """Whether the kernels run there: on CUDA from compute capability 7, and anywhere under TRITON_INTERPRET=1."""
-    if isinstance(pool, triton.JITFunction):
-        return device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (7, 0)
-    return True
+def lacks(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What the kernels miss there, if anything; under TRITON_INTERPRET=1 they run on any device."""
+    if dtype == torch.float64 and VERSION < (3, 2):
+        return f'for float64 they need Triton 3.2 or newer, which comes with torch 2.6; this is {triton.__version__}'
+    if not isinstance(pool, triton.JITFunction):
+        return None
+    if device.type != 'cuda':
+        return f'they need a CUDA device, or TRITON_INTERPRET=1 from the start, which interprets them; this is {device}'
+    if torch.cuda.get_device_capability(device) < (7, 0):
+        return f'they need compute capability 7 or newer, which {torch.cuda.get_device_name(device)} has not'
+    return None
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +78,7 @@ def _sizes(x: Tensor) -> tuple:
     return *x.shape, not x.is_contiguous(), x.element_size(), _processors(x.device)
 
 
-@functools.cache
+@functools.lru_cache(None)
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 132
 

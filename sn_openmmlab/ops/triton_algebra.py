@@ -6,6 +6,8 @@ first launch takes the sums over rows, all channels of a sample, and a second on
 channel. Sums over a process group, and tensors too large, go to :mod:`.algebra`.
 """
 
+from __future__ import annotations
+
 import functools
 from typing import NamedTuple
 
@@ -17,8 +19,9 @@ from torch import Tensor
 from . import algebra
 from .reference import NORMALIZERS
 
-if tuple(map(int, triton.__version__.split('.')[:2])) < (3, 2):
-    raise ImportError(f'Triton is {triton.__version__}; 3.2 or newer is needed')
+VERSION = tuple(map(int, triton.__version__.split('.')[:2]))
+if VERSION < (3, 0):
+    raise ImportError(f'Triton is {triton.__version__}')
 
 _ALONE = 4096  # elements of (N, C) up to which one program does everything
 _LONGEST = 8192  # the most rows or columns that fit into registers
@@ -116,7 +119,7 @@ def _plan(part, n: int, c: int, programs: int, rows: int, columns: int) -> Plan:
     return Plan(programs, dict(N=n, C=c, PART=part, ROWS=rows, COLUMNS=columns, num_warps=warps))
 
 
-@functools.cache
+@functools.lru_cache(None)
 def _places(normalizers: tuple[str, ...]) -> dict:
     """Where the logits of each normalizer stand, -1 for those that take no part."""
     return {name.upper(): normalizers.index(name) if name in normalizers else -1 for name in NORMALIZERS}

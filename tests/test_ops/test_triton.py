@@ -16,12 +16,12 @@ from sn_openmmlab.ops import NORMALIZERS, function, native, switch_norm
 
 triton = pytest.importorskip('triton', reason='Triton is not installed')
 tl = triton.language
+passes = pytest.importorskip('sn_openmmlab.ops.triton', reason='Triton is older than 3.0', exc_type=ImportError)
 
-from sn_openmmlab.ops import triton as passes  # noqa: E402  (needs Triton)
-from sn_openmmlab.ops import triton_algebra  # noqa: E402
+from sn_openmmlab.ops import triton_algebra  # noqa: E402  (needs Triton)
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
-if not passes.runs_on(torch.device(DEVICE)):
+if passes.lacks(torch.device(DEVICE), torch.float32):
     pytest.skip('no GPU, and Triton was imported before TRITON_INTERPRET=1 was set', allow_module_level=True)
 needs_cuda = pytest.mark.skipif(DEVICE == 'cpu', reason='needs a CUDA device')
 
@@ -91,7 +91,7 @@ def check(x, dy, names=NORMALIZERS, tolerance=1e-5, **kwargs):
     """Triton against the reference in float64, with the parameters in the dtype of the moments as under AMP."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     args, stats = arguments(x.shape[1], names, dtype)
-    kwargs |= dict(normalizers=names, eps=1e-2)
+    kwargs.update(normalizers=names, eps=1e-2)
     got = run('triton', x, args, stats, dy, **kwargs)
     doubled = [[t.double() for t in ts] for ts in (args, stats)]
     expected = run('reference', x.double(), *doubled, dy.double(), **kwargs)
@@ -357,30 +357,65 @@ def test_a_device_that_is_not_the_current_one():
 
 def test_triton_is_the_backend_on_cuda(monkeypatch):
     monkeypatch.delenv('SN_BACKEND', raising=False)
-    monkeypatch.setattr(passes, 'runs_on', lambda device: True)
+    monkeypatch.setattr(function, '_triton', lambda device, dtype: (passes, None))
     assert function._backend_for(torch.device('cuda'), torch.float32) is passes
     assert function._backend_for(torch.device('cpu'), torch.float16) is native
 
 
-def test_native_stands_in_with_one_warning(monkeypatch):
-    monkeypatch.delenv('SN_BACKEND', raising=False)
-    monkeypatch.setattr(function, '_triton', lambda: None)
-    function._warn_once.cache_clear()
-    with pytest.warns(UserWarning, match='pip install triton'):
-        assert function._backend_for(torch.device('cuda'), torch.float32) is native
+@pytest.fixture
+def asked_anew():
+    """Whether Triton runs is found out once, and said once."""
+    caches = function._triton, function._warn_once
+    [each.cache_clear() for each in caches]
+    yield
+    [each.cache_clear() for each in caches]
+
+
+def launch_without_compiler(*args, **kwargs):
+    raise RuntimeError('Failed to find C compiler.')  # as Triton's runtime/build.py does
+
+
+def import_old(monkeypatch):
+    monkeypatch.setattr(triton, '__version__', '2.1.0')
+    monkeypatch.delitem(sys.modules, 'sn_openmmlab.ops.triton')
+    monkeypatch.delitem(sys.modules, 'sn_openmmlab.ops.triton_algebra')
+    monkeypatch.delattr(sys.modules['sn_openmmlab.ops'], 'triton')
+
+
+def import_none(monkeypatch):
+    import_old(monkeypatch)
+    monkeypatch.setitem(sys.modules, 'triton', None)
+
+
+@pytest.mark.parametrize(
+    'without, dtype, reason',
+    [
+        (lambda patch: patch.setattr(passes, 'launch', launch_without_compiler), torch.float32, 'find C compiler'),
+        (import_old, torch.float32, r'Triton 3\.0 or newer.*torch 2\.4 and newer \(Triton is 2\.1\.0\)'),
+        (import_none, torch.float32, r'Triton 3\.0 or newer.*torch 2\.4 and newer \(.*triton'),
+        (lambda patch: patch.setattr(passes, 'VERSION', (3, 1)), torch.float64, 'float64 they need Triton 3.2'),
+        (
+            lambda patch: patch.setattr(passes, 'pool', object.__new__(triton.JITFunction)),
+            torch.float32,
+            'CUDA device.*is cpu',
+        ),
+    ],
+    ids=['no compiler', 'old Triton', 'no Triton', 'float64', 'no GPU'],
+)
+def test_native_stands_in_and_says_why_once(monkeypatch, asked_anew, without, dtype, reason):
+    device = torch.device('cpu')
+    without(monkeypatch)
+    monkeypatch.setenv('SN_BACKEND', 'triton')
+    with pytest.raises(RuntimeError, match=f"'triton'.*{reason}.*unset SN_BACKEND"):
+        function._backend_for(device, dtype)
+    monkeypatch.delenv('SN_BACKEND')
+    cuda, ask = torch.device('cuda'), function._triton  # there is none here: what it says of the CPU is taken for it
+    monkeypatch.setattr(function, '_triton', lambda _, dtype: ask(device, dtype))
+    with pytest.warns(UserWarning, match=f'slower kernels.*{reason}'):
+        assert function._backend_for(cuda, dtype) is native
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        assert function._backend_for(torch.device('cuda'), torch.float32) is native
-
-
-def test_impossible_choices_are_errors(monkeypatch):
-    monkeypatch.setenv('SN_BACKEND', 'triton')
-    monkeypatch.setattr(passes, 'runs_on', lambda device: False)
-    with pytest.raises(RuntimeError, match="'triton'.*cpu.*CUDA device.*TRITON_INTERPRET=1"):
-        switch_norm(torch.zeros(2, 6), torch.ones(3), torch.ones(3))
-    monkeypatch.setattr(function, '_triton', lambda: None)
-    with pytest.raises(RuntimeError, match="'triton'.*missing.*pip install triton"):
-        switch_norm(torch.zeros(2, 6), torch.ones(3), torch.ones(3))
+        assert function._backend_for(cuda, dtype) is native
 
 
 # Without the interpreter
@@ -395,7 +430,7 @@ def test_triton_is_imported_only_when_wanted():
     code = (
         'import sys, torch; from sn_openmmlab import switch_norm;'
         'switch_norm(torch.zeros(2, 6), torch.ones(3), torch.ones(3));'
-        "print('triton' in sys.modules)"
+        "print('sn_openmmlab.ops.triton' in sys.modules)"
     )
     assert alone('-c', code).split()[-1] == 'False'
 
