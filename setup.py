@@ -35,7 +35,7 @@ class BuildPy(build_py):
                 shutil.copy(ROOT / name, mim)
 
 
-def libraries() -> list[Extension]:
+def libraries():
     """The CPU's kernels: a plain shared library. Without a compiler for it the package takes torch's own kernels."""
     if os.name != 'posix':
         return []
@@ -46,6 +46,7 @@ def libraries() -> list[Extension]:
             'sn_openmmlab.ops._cpp',
             ['sn_openmmlab/ops/algebra.cpp', 'sn_openmmlab/ops/passes.cpp'],
             depends=['sn_openmmlab/ops/parallel.h'],
+            py_limited_api=True,  # loaded by ctypes, and the same for every Python
             extra_compile_args=[*flags, *openmp],
             extra_link_args=openmp,
             language='c++',
@@ -69,9 +70,9 @@ setup(
     keywords='computer vision, object detection, semantic segmentation, normalization',
     packages=find_packages(include=['sn_openmmlab', 'sn_openmmlab.*']),
     package_data={'sn_openmmlab.analysis': ['page.html']},
-    python_requires='>=3.10',
+    python_requires='>=3.8',
     # mmengine is needed too, but comes as one of two distributions: see the extras
-    install_requires=['torch>=2.1'],
+    install_requires=['torch>=1.13'],
     extras_require={
         'onedl': ['onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmsegmentation'],
         'openmmlab': ['mmengine>=0.10', 'mmcv>=2.0', 'mmdet>=3.0', 'mmsegmentation>=1.0'],

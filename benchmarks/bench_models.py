@@ -5,6 +5,8 @@
 writes ``benchmarks/results/models_DEVICE.json``. Needs mmdet and mmsegmentation.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import os

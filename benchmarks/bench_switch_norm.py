@@ -5,6 +5,8 @@
 writes ``benchmarks/results/switch_norm_DEVICE_DTYPE_LAYOUT.json``. Ratios are of medians, to ``nn.BatchNorm2d``.
 """
 
+from __future__ import annotations
+
 import argparse
 import os
 from collections.abc import Callable
@@ -147,7 +149,8 @@ def bench_shape(shape, dtype, layout, device, makes, seconds) -> tuple[list[dict
         x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
     x.requires_grad_()
     layers = {name: make(shape[1]).to(device) for name, make in makes.items()}
-    candidates = {name: candidate(layer, x, dy) for name, layer in layers.items()} | {'traffic bound': bound(x)}
+    candidates = {name: candidate(layer, x, dy) for name, layer in layers.items()}
+    candidates['traffic bound'] = bound(x)
     candidates['passes'] = passes(SwitchNorm(shape[1]).to(device), x, dy)
     times = compare(candidates, seconds)
     copy = times['traffic bound']['forward']['median'] / 1.5

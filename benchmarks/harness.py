@@ -4,6 +4,8 @@ A candidate is a function without arguments that returns the seconds of each of 
 candidate runs once, so that a drift of the machine's speed meets all of them.
 """
 
+from __future__ import annotations
+
 import ctypes
 import datetime
 import json

@@ -4,6 +4,8 @@ python -m benchmarks.report           # rewrite what stands between the markers 
 python -m benchmarks.report --check   # fail if that would change the tables
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import math

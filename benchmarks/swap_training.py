@@ -9,6 +9,8 @@ families that the file has are skipped, so that a run can be stopped and started
 makes the table.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import copy
@@ -87,7 +89,7 @@ def try_one(name: str) -> dict:
     record['sn'] = told(lambda: swap_norm(cfg))
     if record['sn']:
         record['as shipped'] = told(lambda: cfg)
-    return record | {'seconds': round(time.perf_counter() - start, 1)}
+    return {**record, 'seconds': round(time.perf_counter() - start, 1)}
 
 
 def read(name: str) -> Config:

@@ -3,6 +3,8 @@
 ``convert`` works on dicts of tensors; ``switchnorm://PATH`` does the same wherever a config names a checkpoint.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -85,7 +87,7 @@ def convert(
         ValueError: If the checkpoint is not of that kind or holds what the target cannot compute, or an argument is
             wrong.
     """
-    state_dict = {key.removeprefix('module.'): value for key, value in state_dict.items()}
+    state_dict = {re.sub(r'^module\.', '', key): value for key, value in state_dict.items()}
     source = _checked_source(state_dict, source)
     modules: names.Modules = {}
     for key, value in state_dict.items():
@@ -105,14 +107,14 @@ def convert(
         if new is None:
             raise ValueError(f'{target} has no part that is known to compute what {_few(keys.values())} do')
         if new.startswith(names.SKIP):
-            report.skipped |= dict.fromkeys(keys.values(), new.removeprefix(names.SKIP))
+            report.skipped.update(dict.fromkeys(keys.values(), new[len(names.SKIP) :]))
             continue
         if 'mean_weight' in tensors:
             renamed = _switch_norm(module, tensors, report)
         elif source == 'bn' and 'running_mean' in tensors:
             if init_ratios is not None:
                 started = _started(tensors, init_ratios)
-                result |= {f'{new}.{name}': started.pop(name) for name in _LOGITS}
+                result.update({f'{new}.{name}': started.pop(name) for name in _LOGITS})
                 tensors = {**tensors, **started}
             renamed = {name: (_place(name), value) for name, value in tensors.items()}
         else:
@@ -134,7 +136,7 @@ def convert(
 def load_from_switchnorm(filename: str, map_location=None) -> dict:
     """Read and convert ``switchnorm://PATH``, and log what became of the keys."""
     try:
-        state_dict, report = convert(read_state_dict(filename.removeprefix(SCHEME), map_location))
+        state_dict, report = convert(read_state_dict(re.sub(f'^{SCHEME}', '', filename), map_location))
     except ValueError as error:
         raise ValueError(f'{filename}: {error}') from error
     print_log(str(report), logger='current')
@@ -251,7 +253,7 @@ def _missing(result: dict[str, Tensor], source: str) -> list[str]:
     """Names that the others ask for: an SN layer's all, a convolution's norm, the block before, a detector's parts."""
     wanted = []
     for key in result:
-        layer = key.removesuffix('mean_weight')
+        layer = re.sub('mean_weight$', '', key)
         if layer != key:
             statistics = ['bn.running_mean', 'bn.running_var'] if result[key].numel() == 3 else []
             wanted += [layer + name for name in ('weight', 'bias', 'var_weight', *statistics)]

@@ -3,14 +3,16 @@
 A rule is a pattern of a module's whole name and its new name, a template or a function of the match.
 """
 
+from __future__ import annotations
+
 import re
-from collections.abc import Callable
+from typing import Callable, Dict, List, Tuple, Union
 
 import torch
 from torch import Tensor
 
-Modules = dict[str, dict[str, Tensor]]  # tensors by name, by the name of the module that owns them
-Rules = list[tuple[str, str | Callable[[re.Match], str]]]
+Modules = Dict[str, Dict[str, Tensor]]  # tensors by name, by the name of the module that owns them
+Rules = List[Tuple[str, Union[str, Callable[[re.Match], str]]]]
 
 SKIP = 'skip: '  # starts a new name that is no name, but the reason why there is none
 DECODER = r'(?:cbr|cbr_deepsup|conv_last|conv_last_deepsup|ppm)(?:\..*)?'

@@ -4,6 +4,8 @@ Weights, shifts and running statistics stay; only the kind of layer changes. For
 be folded into convolutions.
 """
 
+from __future__ import annotations
+
 import copy
 from collections import Counter, defaultdict
 

@@ -2,17 +2,23 @@
 
 mmengine's upstream release leaves the way of reading to torch's default; the onedl one allows ``getattr``, which
 reaches everything, and unpickles what it cannot read. Both save more than tensors, so that torch needs to be told what
-else is harmless.
+else is harmless. Before 2.6 torch could not be told, and its own reading of data alone could be made to run code: there
+an unpickler of this module's takes its place.
 """
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import functools
 import os
 import pickle
 import re
+import tarfile
+import types
+import zipfile
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Mapping, MutableMapping
 
 import numpy as np
@@ -22,8 +28,10 @@ from mmengine.logging import HistoryBuffer
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as mmengine_checkpoint
-from mmengine.utils import digit_version
 from torch import Tensor
+from torch._weights_only_unpickler import _get_allowed_globals
+
+from .ops.torch_versions import VERSION
 
 TRUST = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'  # torch's own switch: unpickle whatever a file holds
 
@@ -51,7 +59,7 @@ def read_checkpoint(path: str, map_location=None) -> object:
     """Read all that a checkpoint file holds; else as :func:`read_state_dict`."""
     try:
         with _allowing():
-            return torch.load(os.path.expanduser(path), map_location=map_location or 'cpu', weights_only=True)
+            return load_local(path, map_location or 'cpu')
     except OSError:
         raise
     except Exception as error:  # of many types, by the way in which a file is none of torch's
@@ -86,12 +94,13 @@ def state_dict_in(content: object) -> MutableMapping[str, Tensor]:
 def read_checkpoints_as_data() -> None:
     """Make torch and mmengine run nothing of a checkpoint, wherever a config names one, unless the user trusts them.
 
-    Before torch 2.6, which cannot be told all that is harmless, nothing changes.
+    Before torch 2.6, which cannot be told all that is harmless, this holds for files, not for addresses.
     """
-    if trusted() or not _can_allow():
+    if trusted():
         return
-    os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = '1'  # whatever a call to torch.load asks for
-    torch.serialization.add_safe_globals(_allowed())
+    if VERSION >= (2, 6):
+        os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = '1'  # whatever a call to torch.load asks for
+        torch.serialization.add_safe_globals(_allowed())
     CheckpointLoader.register_scheme('', load_local, force=True)  # '': paths without scheme
     if hasattr(mmengine_checkpoint, '_safe_torch_load'):  # onedl's, of the other schemes, would allow getattr
         mmengine_checkpoint._safe_torch_load = load_local
@@ -107,7 +116,34 @@ def trusted() -> bool:
 def load_local(file, map_location=None) -> dict:
     """Read a checkpoint file, given by name or opened."""
     file = os.path.expanduser(file) if isinstance(file, str) else file
-    return torch.load(file, map_location=map_location, weights_only=True)
+    with contextlib.nullcontext() if VERSION >= (2, 6) else _own_unpickler(file):
+        return torch.load(file, map_location=map_location, weights_only=True)
+
+
+@contextlib.contextmanager
+def _own_unpickler(file):
+    """Within it torch reads data by the unpickler below; not as ``pickle_module``, which torch 1.13 ignores."""
+    with open(file, 'rb') if isinstance(file, str) else contextlib.nullcontext(file) as opened:
+        if _is_archive(opened):  # which torch reads in other ways
+            raise pickle.UnpicklingError('a TorchScript archive, or one of torch 0.1')
+    theirs = torch.serialization._weights_only_unpickler
+    torch.serialization._weights_only_unpickler = types.SimpleNamespace(Unpickler=_Unpickler, load=_load)
+    try:
+        yield
+    finally:
+        torch.serialization._weights_only_unpickler = theirs
+
+
+def _is_archive(opened) -> bool:
+    try:
+        tarfile.open(fileobj=opened).close()
+        return True
+    except tarfile.TarError:
+        return zipfile.is_zipfile(opened) and any(
+            name.endswith('/constants.pkl') for name in zipfile.ZipFile(opened).namelist()
+        )
+    finally:
+        opened.seek(0)
 
 
 def _without_config(load):
@@ -124,13 +160,37 @@ def _without_config(load):
     return load_checkpoint
 
 
-def _can_allow() -> bool:
-    return digit_version(torch.__version__) >= digit_version('2.6')
+# What torch knows by itself from 2.6 on
+_LATER = {'_codecs.encode': codecs.encode, 'builtins.set': set, 'collections.Counter': Counter}
+
+
+class _Unpickler(pickle._Unpickler):
+    """An unpickler, in Python as torch's own, that knows nothing but data."""
+
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def find_class(self, module: str, name: str) -> object:
+        full = f'{module}.{name}'.replace('__builtin__.', 'builtins.')  # as Python 2 named them
+        known = {**_get_allowed_globals(), **_LATER, **HARMLESS}
+        if full not in known:
+            raise pickle.UnpicklingError(f'GLOBAL {full} is no data')
+        return known[full]
+
+    def load_build(self) -> None:
+        if callable(self.stack[-2]):
+            raise pickle.UnpicklingError(f'class {self.stack[-2]!r} would be changed')
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+
+def _load(*args, **kwargs) -> object:
+    return _Unpickler(*args, **kwargs).load()
 
 
 def _allowing():
     """Within it torch reads what is harmless. What was allowed for good stays so, which torch itself would forget."""
-    if not _can_allow():
+    if VERSION < (2, 6):
         return contextlib.nullcontext()
     known = torch.serialization.get_safe_globals()
     return torch.serialization.safe_globals([each for each in _allowed() if each not in known])

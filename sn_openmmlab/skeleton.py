@@ -1,5 +1,7 @@
 """Models built to look at: without memory for most weights and without loading any, and compared norm by norm."""
 
+from __future__ import annotations
+
 import copy
 import typing
 from contextlib import ExitStack, contextmanager

@@ -3,6 +3,8 @@
 Apart from convert.py, which works on modules: here dicts are rewritten, by what the classes behind them accept.
 """
 
+from __future__ import annotations
+
 import contextlib
 import copy
 import functools
@@ -142,7 +144,7 @@ def plan_swap(
     try:
         norms = outcome(refused)
     except Exception as error:  # some class refuses: take the places in, one by one
-        refused |= dict.fromkeys(places, _said(error))
+        refused.update(dict.fromkeys(places, _said(error)))
         for place in places:
             reason = refused.pop(place)
             try:
@@ -216,7 +218,7 @@ class _Walk:
             return norm
         if self.to == 'BN' and _is(cls, 'BN'):
             return norm  # also BN1d and the like
-        new = {'type': self.to} | {k: v for k, v in norm.items() if k in KEPT + KEPT_BY[self.to]}
+        new = {'type': self.to, **{k: v for k, v in norm.items() if k in KEPT + KEPT_BY[self.to]}}
         if self.to == 'GN':
             new.setdefault('num_groups', 32)
         if self.learns and new.get('requires_grad') is False:
@@ -322,7 +324,7 @@ def _hurry_logits(cfg: Config) -> None:
     cfg.optim_wrapper = {**wrapper, 'paramwise_cfg': rules}
 
 
-@functools.cache
+@functools.lru_cache(None)
 def _defaults(cls: type | Callable) -> dict:
     """Arguments that a class accepts by name, also through ``**kwargs`` of its bases, with their defaults."""
     found = {}

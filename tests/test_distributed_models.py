@@ -251,7 +251,9 @@ def roi_losses(proposals):
     )
     head.mask_head.update(in_channels=8, conv_out_channels=8, norm_cfg=norm_cfg)
     torch.manual_seed(0)
-    head = MODELS.build(head | dict(train_cfg=config.model.train_cfg.rcnn, test_cfg=config.model.test_cfg.rcnn)).train()
+    head = MODELS.build(
+        {**head, **{f'{stage}_cfg': config.model[f'{stage}_cfg'].rcnn for stage in ('train', 'test')}}
+    ).train()
 
     data = demo_mm_inputs(1, [[3, 64, 64]], num_items=[2 * (1 - rank)], num_classes=80, with_mask=True)
     boxes = torch.rand(20 if rank == 0 or proposals else 0, 4) * 32

@@ -198,7 +198,7 @@ def check_session(code, names):
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     runner.run(test, out=said.append, clear_globs=False)
     assert not said, ''.join(said)
-    names |= test.globs
+    names.update(test.globs)
 
 
 def run_in_bash(code, stage):
@@ -355,7 +355,7 @@ def site(tmp_path_factory):
     out = tmp_path_factory.mktemp('site')
     command = [sys.executable, '-m', 'sphinx', '--fail-on-warning', '--keep-going', '--quiet', '-c', 'docs']
     done = subprocess.run(
-        [*command, '-d', out / 'doctrees', '.', out / 'html'], cwd=ROOT, text=True, env=os.environ | dict(LC_ALL='C'),
+        [*command, '-d', out / 'doctrees', '.', out / 'html'], cwd=ROOT, text=True, env=dict(os.environ, LC_ALL='C'),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout

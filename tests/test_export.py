@@ -112,7 +112,9 @@ def assert_equal_in_onnxruntime(path, model, x):
     with torch.no_grad():
         expected = model(x)
     expected = expected if isinstance(expected, tuple) else (expected,)
-    for given, wanted in zip(run_onnx(path, x), expected, strict=True):
+    outputs = run_onnx(path, x)
+    assert len(outputs) == len(expected)
+    for given, wanted in zip(outputs, expected):
         torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-4)
 
 

@@ -121,7 +121,7 @@ def test_over_training_steps(name, setting):
         layers_before = copy.deepcopy(layers)
         x = torch.randn(2, 256 if name == 'mmdet.ResLayer' else 3, 64, 64, dtype=torch.float64)
         out = net(x)
-        outs = out if isinstance(out, tuple | list) else [out]
+        outs = out if isinstance(out, (tuple, list)) else [out]
         optimizer.update_params(sum((y * torch.randn_like(y)).mean() for y in outs))
         for n in statistics:  # in every step, with the parameters of that step
             x, y = seen[n]

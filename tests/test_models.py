@@ -94,7 +94,7 @@ def torchvision_resnet(tmp_path_factory):
             value += 7
         elif value.dim() == 1:
             value.uniform_(0.5, 1.5)
-    state |= {'fc.weight': torch.rand(10, 2048), 'fc.bias': torch.rand(10)}
+    state.update({'fc.weight': torch.rand(10, 2048), 'fc.bias': torch.rand(10)})
     path = tmp_path_factory.mktemp('checkpoints') / 'resnet50.pth'
     torch.save(state, path)
     return path, state

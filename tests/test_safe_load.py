@@ -6,6 +6,7 @@ import argparse
 import os
 import pickle
 import re
+import tarfile
 
 import numpy as np
 import pytest
@@ -19,11 +20,9 @@ from mmengine.runner import CheckpointLoader, Runner
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from sn_openmmlab import SparseSwitchNorm
+from sn_openmmlab import SparseSwitchNorm, safe_load
+from sn_openmmlab.ops.torch_versions import VERSION
 from sn_openmmlab.safe_load import HARMLESS, TRUST, read_checkpoint, read_checkpoints_as_data, trusted
-
-SAFE = pytest.mark.skipif(torch.__version__ < '2.6', reason='torch before 2.6 unpickles')
-
 
 # -- what mmengine saves ----------------------------------------------------------------------------------------------
 
@@ -176,7 +175,6 @@ def same(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(np.all(a == b))
 
 
-@SAFE
 @pytest.mark.parametrize('name', TRAININGS)
 def test_a_training_goes_on_from_what_mmengine_saves(name, tmp_path):
     """As one straight through: weights, optimizer, schedulers, averages, and the data set's description."""
@@ -195,9 +193,10 @@ def test_a_training_goes_on_from_what_mmengine_saves(name, tmp_path):
 # -- and what else is read, or not ------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def read(tmp_path):
+@pytest.fixture(params=[(2, 5), (2, 6)], ids=['own unpickler', 'of torch 2.6'])
+def read(tmp_path, request, monkeypatch):
     """Write an object as torch.save does, change the bytes, and read it as the tools do."""
+    monkeypatch.setattr(safe_load, 'VERSION', min(request.param, VERSION))
 
     def read(content, old=b'', new=b'', zipped=False):
         path = tmp_path / 'saved.pth'
@@ -208,7 +207,6 @@ def read(tmp_path):
     return read
 
 
-@SAFE
 @pytest.mark.parametrize('numpy', [b'numpy.core.', b'numpy._core.'], ids=['numpy 1', 'numpy 2'])
 def test_histories_and_arrays_of_both_numpys(read, numpy):
     content = dict(history=HistoryBuffer([0.5, 2.5], [1, 1]), scalar=np.float64(3), ints=np.arange(3))
@@ -216,7 +214,6 @@ def test_histories_and_arrays_of_both_numpys(read, numpy):
     assert loaded['history'].mean() == 1.5 and loaded['scalar'] == 3 and loaded['ints'].tolist() == [0, 1, 2]
 
 
-@SAFE
 @pytest.mark.parametrize('zipped', [True, False])
 @pytest.mark.parametrize(
     'value',
@@ -253,7 +250,6 @@ def test_values_come_back_as_they_were_twice(read, value, zipped):
     assert isinstance(loaded, type(value))
 
 
-@SAFE
 def test_all_that_is_allowed_has_a_test_or_is_numpys():
     assert set(HARMLESS) == {
         'argparse.Namespace',
@@ -276,7 +272,7 @@ def test_trust_is_read_as_torch_reads_it(value, said, monkeypatch):
     monkeypatch.setenv(TRUST, value)
     assert trusted() is said
     read_checkpoints_as_data()
-    assert (os.environ.get('TORCH_FORCE_WEIGHTS_ONLY_LOAD') == '1') is (not said and torch.__version__ >= '2.6')
+    assert (os.environ.get('TORCH_FORCE_WEIGHTS_ONLY_LOAD') == '1') is (not said and VERSION >= (2, 6))
 
 
 def test_no_trust_without_the_variable(monkeypatch):
@@ -286,7 +282,6 @@ def test_no_trust_without_the_variable(monkeypatch):
     assert not trusted()
 
 
-@SAFE
 def test_a_configs_text_in_a_checkpoint_is_not_run(tmp_path, monkeypatch):
     """mmengine's Runner.resume runs meta['config'] to compare the number of GPUs with its own."""
     monkeypatch.chdir(tmp_path)
@@ -300,3 +295,29 @@ def test_a_configs_text_in_a_checkpoint_is_not_run(tmp_path, monkeypatch):
     assert not (tmp_path / 'intruded').exists()
     content = CheckpointLoader.load_checkpoint(str(path))
     assert 'config' not in content['meta'] and content['meta']['epoch'] == 1
+
+
+def test_a_class_is_not_changed(read):
+    class Changer:
+        def __reduce__(self):
+            return getattr, (HistoryBuffer, 'mean'), (None, {'__doc__': 'changed'})
+
+    with pytest.raises(ValueError):
+        read(Changer())
+    assert HistoryBuffer.mean.__doc__ != 'changed'
+
+
+def program(path):
+    torch.jit.save(torch.jit.trace(nn.ReLU(), torch.ones(1)), path)
+
+
+def old_archive(path):
+    with tarfile.open(path, 'w') as archive:
+        archive.addfile(tarfile.TarInfo('storages'))
+
+
+@pytest.mark.parametrize('write', [program, old_archive])
+def test_archives_that_torch_reads_in_other_ways_are_refused(write, read, tmp_path):
+    write(tmp_path / 'archive.pth')
+    with pytest.raises(ValueError, match='TorchScript archive|legacy .tar format'):
+        read_checkpoint(str(tmp_path / 'archive.pth'))

@@ -265,7 +265,7 @@ def test_tta_is_what_mmsegs_own_tool_does(trained, tmp_path):
         done = subprocess.run(
             [*map(str, command), '--work-dir', name, '--out', f'{name}_maps'],
             cwd=tmp_path,
-            env=os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='2', CUDA_VISIBLE_DEVICES=''),
+            env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='2', CUDA_VISIBLE_DEVICES=''),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -188,7 +188,7 @@ def test_a_sweep_goes_on_where_it_stopped(tool):
     head, *records = map(json.loads, Path('sweep.jsonl').read_text().splitlines())
     assert {'torch', 'mmdet', 'mmseg', 'date'} <= set(head)
     assert len(records) == 4 and all(record['status'] in out for record in records)
-    records[0] |= dict(status='kept')
+    records[0]['status'] = 'kept'
     text = '\n'.join(json.dumps(record) for record in records)
     Path('sweep.jsonl').write_text(text[:-20])  # as if it had been stopped within the last line
     call(Path.cwd(), *sweep)

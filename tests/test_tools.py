@@ -106,7 +106,7 @@ def detector(place):
 
 def call(place, *command, fails=False):
     """Run a command in the folder ``place`` and return what it printed. Runs on the CPU, so that results are exact."""
-    env = os.environ | dict(CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1', PORT=str(free_port()))
+    env = dict(os.environ, CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1', PORT=str(free_port()))
     env['PATH'] = f'{Path(sys.executable).parent}{os.pathsep}{env["PATH"]}'
     done = subprocess.run(
         [*map(str, command)], cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

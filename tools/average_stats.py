@@ -4,7 +4,10 @@ The batch average of the SN paper (section 3.1), for SN and BatchNorm layers: do
 checkpoint with other running_mean and running_var, and everything else, optimizer included, as it was.
 """
 
+from __future__ import annotations
+
 import argparse
+import re
 
 from common import add_common_options, check_paths, load_config, run, save
 from mmengine.dist import is_main_process
@@ -41,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def work(runner: Runner) -> None:
         # mmengine loads keys with and without the prefix of a DistributedDataParallel
-        keys = {key.removeprefix('module.'): key for key in state_dict}
+        keys = {re.sub(r'^module\.', '', key): key for key in state_dict}
         try:
             lacking = [name for name in statistics_layers(runner.model) if f'{name}.running_mean' not in keys]
             if lacking:
@@ -56,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
             raise SystemExit(f'average_stats.py: error: {error}') from error
         if is_main_process():
             new = runner.model.state_dict()
-            new = {key.removeprefix('module.'): value for key, value in new.items()}
+            new = {re.sub(r'^module\.', '', key): value for key, value in new.items()}
             for name in names:
                 for key in f'{name}.running_mean', f'{name}.running_var':
                     state_dict[keys[key]] = new[key].to(state_dict[keys[key]])

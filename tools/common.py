@@ -1,5 +1,7 @@
 """What the tools share: common options, reading the config, files of the user's, and starting mmengine's Runner."""
 
+from __future__ import annotations
+
 import argparse
 import importlib.util
 import os
@@ -117,4 +119,4 @@ def join_cpu_group(cfg: Config) -> None:
     """Join torchrun's processes on a machine without GPU, where mmengine would insist on CUDA devices."""
     torch.distributed.init_process_group('gloo')
     wrapper = dict(broadcast_buffers=False, find_unused_parameters=cfg.get('find_unused_parameters', False))
-    cfg.model_wrapper_cfg = wrapper | cfg.get('model_wrapper_cfg', {}) | dict(device_ids=None)
+    cfg.model_wrapper_cfg = dict({**wrapper, **cfg.get('model_wrapper_cfg', {})}, device_ids=None)

@@ -4,6 +4,8 @@ Authors' code: the ImageNet ResNets, the detectors, and the segmentation encoder
 given, for one whole segmentor. docs/checkpoints.md says what the models have to be built with.
 """
 
+from __future__ import annotations
+
 import argparse
 
 from common import check_paths, save
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f'{src}: {error}')
         if state_dict.keys() & content.keys():
             parser.error(f'{src} has keys of the file before it, such as {min(state_dict.keys() & content.keys())}')
-        state_dict |= content
+        state_dict.update(content)
     try:
         result, report = convert(state_dict, args.source, args.target, args.init_ratios)
     except ValueError as error:

@@ -3,6 +3,8 @@
 Each step is a command that it prints and that works alone. Takes a few minutes on two CPU cores.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os

@@ -5,6 +5,8 @@ Raw means tensors in, tensors out: what the model computes from a batch of image
 after NMS, are mmdeploy's. The file is run and compared with the model before it gets its name.
 """
 
+from __future__ import annotations
+
 import argparse
 import importlib.util
 import logging
@@ -159,7 +161,9 @@ def compare(path: Path, x: Tensor, expected: list[Tensor]) -> float:
         given = [torch.from_numpy(y) for y in session.run(None, dict(input=x.numpy()))]
     else:
         given = torch.export.load(path).module()(x)
-    return max(((a - b).abs().max() / b.abs().max().clamp(min=1)).item() for a, b in zip(given, expected, strict=True))
+    if len(given) != len(expected):
+        raise ValueError(f'{path} gives {len(given)} outputs where the model gives {len(expected)}')
+    return max(((a - b).abs().max() / b.abs().max().clamp(min=1)).item() for a, b in zip(given, expected))
 
 
 class quiet(warnings.catch_warnings):

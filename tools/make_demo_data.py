@@ -8,6 +8,8 @@
 The same settings give the same bytes. The class is the shape; colour and texture say nothing about it.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os

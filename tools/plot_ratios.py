@@ -5,6 +5,8 @@ training, if SNRatioHook has logged it), ratios.html (interactive, works offline
 them.
 """
 
+from __future__ import annotations
+
 import argparse
 import csv
 import io

@@ -1,5 +1,7 @@
 """Write a config with another norm: a small file that inherits from the one given and changes its norm layers."""
 
+from __future__ import annotations
+
 import argparse
 import os
 import re

@@ -5,6 +5,8 @@ that the file has already are skipped, so that a sweep can be stopped and starte
 makes the tables. What the configs need beyond mmdet and mmseg: `pip install -r requirements/sweep.txt`.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import importlib.util
@@ -122,7 +124,7 @@ def swap_one(job: tuple[str, int]) -> dict:
     signal.alarm(timeout)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            record |= outcome(package / '.mim/configs' / path)
+            record.update(outcome(package / '.mim/configs' / path))
     except Exception as error:
         record['reason'] = f'{type(error).__name__}: {error}'
     finally:
@@ -130,7 +132,7 @@ def swap_one(job: tuple[str, int]) -> dict:
     if 'reason' in record:
         first_line = record['reason'].splitlines()[0].replace(f'{package.parent}/', '')
         record['reason'] = ' '.join(first_line.split())[:200]
-    return record | {'seconds': round(time.perf_counter() - start, 2)}
+    return {**record, 'seconds': round(time.perf_counter() - start, 2)}
 
 
 def outcome(path: Path) -> dict:
@@ -158,7 +160,7 @@ def outcome(path: Path) -> dict:
     if swap.left:
         status = 'partly' if swap.changed else 'own norms only'
     parts = {'changed': dict(changed), 'left': dict(left), 'refused': swap.refused, 'other': len(swap.other)}
-    return {'status': status} | {key: value for key, value in parts.items() if value}
+    return {'status': status, **{key: value for key, value in parts.items() if value}}
 
 
 if __name__ == '__main__':

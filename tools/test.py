@@ -3,6 +3,8 @@
 What ``--out``, ``--show``, ``--show-dir`` and ``--tta`` do differs by library, and is what its own tool does.
 """
 
+from __future__ import annotations
+
 import argparse
 import copy
 from pathlib import Path

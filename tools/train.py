@@ -1,5 +1,7 @@
 """Train the model of a config of any OpenMMLab library; the config's ``default_scope`` says which."""
 
+from __future__ import annotations
+
 import argparse
 from collections import Counter, defaultdict
 

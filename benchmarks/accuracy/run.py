@@ -16,6 +16,8 @@ A task is a module beside this one with
                                        schedule, by epochs
 """
 
+from __future__ import annotations
+
 import argparse
 import copy
 import importlib
@@ -224,14 +226,14 @@ def evaluate(runner: Runner, metrics: dict, seed: int) -> dict:
     The batch average (Luo et al., section 3.1) is :func:`sn_openmmlab.average_statistics` of one epoch, and leaves
     frozen statistics alone. Where the task has a ``tta_model``, both are also tested with it.
     """
-    final = {'moving average': metrics} | _augmented(runner, 'moving average')
+    final = {'moving average': metrics, **_augmented(runner, 'moving average')}
     runner.model.train()
     if not any(isinstance(m, _BatchNorm) and m.training for m in runner.model.modules()):
         return final
     set_random_seed(seed)
     runner.train_dataloader.sampler.set_epoch(0)
     average_statistics(runner.model, runner.train_dataloader)
-    return final | {'batch average': _numbers(runner.val_loop.run())} | _augmented(runner, 'batch average')
+    return {**final, 'batch average': _numbers(runner.val_loop.run()), **_augmented(runner, 'batch average')}
 
 
 def _augmented(runner: Runner, name: str) -> dict:

@@ -1,5 +1,7 @@
 """Figures of importance ratios."""
 
+from __future__ import annotations
+
 import numpy as np
 from matplotlib.figure import Figure
 

@@ -1,5 +1,7 @@
 """A page to explore importance ratios in, which needs nothing beside itself: no network, no other file."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 

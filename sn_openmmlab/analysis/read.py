@@ -1,5 +1,7 @@
 """Importance ratios of a trained network, read without building it."""
 
+from __future__ import annotations
+
 import json
 import re
 from dataclasses import dataclass, field, replace
@@ -44,7 +46,7 @@ class Run:
             parts.setdefault(part_name(layer), []).append(layer)
         return parts
 
-    def select(self, pattern: str) -> 'Run':
+    def select(self, pattern: str) -> Run:
         """The layers that have the regular expression ``pattern`` in their names."""
         layers = {name: ratios for name, ratios in self.layers.items() if re.search(pattern, name)}
         course = {step: {n: r for n, r in ratios.items() if n in layers} for step, ratios in self.course.items()}
@@ -87,10 +89,10 @@ def _read_checkpoint(path: Path, known: dict[str, np.ndarray]) -> dict[str, np.n
     state = read_state_dict(str(path))
     suffix = '.mean_weight'
     layers = {}
-    for prefix in (key.removesuffix(suffix) for key in state if key.endswith(suffix)):
+    for prefix in (key[: -len(suffix)] for key in state if key.endswith(suffix)):
         logits = [state.get(f'{prefix}.{kind}_weight') for kind in KINDS]
         has_bn = f'{prefix}.bn.running_mean' in state or f'{prefix}.running_mean' in state
-        name = prefix.removeprefix('module.')
+        name = re.sub(r'^module\.', '', prefix)
         layers[name] = _ratios(name, logits, state.get(f'{prefix}.radius'), has_bn, known.get(name))
     if not layers:
         raise ValueError(NO_SN)
@@ -141,7 +143,8 @@ def _read_work_dir(folder: Path) -> tuple[dict[str, np.ndarray], dict[int, dict[
     for log in sorted(folder.glob(f'*/vis_data/{FILE}')):  # folders are named by date and time
         records = _read_log(log)
         # a resumed training goes on from its checkpoint, whatever came after that before
-        course = {step: ratios for step, ratios in course.items() if step < min(records, default=0)} | records
+        before = {step: ratios for step, ratios in course.items() if step < min(records, default=0)}
+        course = {**before, **records}
     newest = course[max(course)] if course else {}
     last = folder / 'last_checkpoint'
     if last.is_file():

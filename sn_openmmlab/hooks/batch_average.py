@@ -1,5 +1,7 @@
 """Batch average: the statistics that evaluation takes, estimated anew with the weights held fixed."""
 
+from __future__ import annotations
+
 import contextlib
 import copy
 import itertools

@@ -1,5 +1,7 @@
 """The importance ratios of all SN layers, logged while they are learned."""
 
+from __future__ import annotations
+
 from collections import Counter
 
 from mmengine.dist import master_only
@@ -95,7 +97,8 @@ def named_ratios(model: nn.Module) -> dict[str, float]:
             for normalizer, value in zip(layer.normalizers, values):
                 ratios[f'sn_{part}/{name}/{kind}_{normalizer}'] = value
                 sums[part, f'{kind}_{normalizer}'] += value
-    return {f'sn_parts/{part}/{what}': total / sizes[part] for (part, what), total in sums.items()} | ratios
+    means = {f'sn_parts/{part}/{what}': total / sizes[part] for (part, what), total in sums.items()}
+    return {**means, **ratios}
 
 
 def _layers(model: nn.Module) -> dict[str, SwitchNorm]:

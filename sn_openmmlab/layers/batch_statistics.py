@@ -5,6 +5,8 @@ Nothing but this is read of it, whatever class has taken its place: the buffers 
 synchronised one; and hooks, which run around the layer's own computation. Its ``forward`` is never called.
 """
 
+from __future__ import annotations
+
 import weakref
 from collections.abc import Callable
 
@@ -42,7 +44,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         else:
             super().register_parameter(name, param)
 
-    def requires_grad_(self, requires_grad: bool = True) -> 'BatchNorm2d':
+    def requires_grad_(self, requires_grad: bool = True) -> BatchNorm2d:
         """Freeze the layer's parameters, or let them learn."""
         for shared in self.weight, self.bias:
             if shared is not None:
@@ -102,34 +104,31 @@ def holder(bn: nn.Module) -> nn.Module:
 def statistics(bn: nn.Module) -> dict:
     """Arguments of :func:`.switch_norm`; ``group`` remains to be found where ``training``."""
     # FrozenBatchNorm2d of torchvision, detectron2 and timm are in training mode with the model, but have no momentum
-    momentum = getattr(bn, 'momentum', _FROZEN)
-    training = bn.training and momentum is not _FROZEN
+    training = bn.training and hasattr(bn, 'momentum')
     moved = not training or bn.track_running_stats
     return dict(
         running_mean=bn.running_mean if moved else None,
         running_var=bn.running_var if moved else None,
         num_batches_tracked=bn._buffers.get('num_batches_tracked'),
         training=training,
-        momentum=momentum if training else 0.0,
+        momentum=bn.momentum if training else 0.0,
     )
-
-
-_FROZEN = object()
 
 
 def group_of(bn: nn.Module):
     """The process group that a synchronised BatchNorm was made for; None where it is all processes, or none was."""
-    return bn.__dict__.get('process_group')
+    return getattr(bn, 'process_group', None)
 
 
 def is_synchronised(bn: nn.Module) -> bool:
     """Whether ``bn`` has become torch's SyncBatchNorm (which has a ``process_group``) or mmcv's (``group``)."""
-    return 'process_group' in bn.__dict__ or 'group' in bn.__dict__
+    return hasattr(bn, 'process_group') or hasattr(bn, 'group')
 
 
 def has_hooks(bn: nn.Module) -> bool:
     """Whether somebody waits for ``bn`` to be called."""
-    return bool(bn._forward_pre_hooks or bn._forward_hooks or bn._backward_hooks or bn._backward_pre_hooks)
+    backward_pre_hooks = getattr(bn, '_backward_pre_hooks', None)  # from torch 2 on
+    return bool(bn._forward_pre_hooks or bn._forward_hooks or bn._backward_hooks or backward_pre_hooks)
 
 
 def call(bn: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:

@@ -1,5 +1,7 @@
 """How an SN layer starts from a BatchNorm, and what it says of checkpoints that it can use in part or not at all."""
 
+from __future__ import annotations
+
 import logging
 import re
 from collections import Counter

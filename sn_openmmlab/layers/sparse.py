@@ -1,5 +1,7 @@
 """Sparse Switchable Normalization: ``norm_cfg=dict(type='SSN')``, which ends in one normalizer instead of a blend."""
 
+from __future__ import annotations
+
 import itertools
 
 import torch
@@ -66,7 +68,7 @@ class SparseSwitchNorm(SwitchNorm):
         if hasattr(self, 'radius'):  # not yet, when the base class calls this
             self.radius.zero_()
 
-    def train(self, mode: bool = True) -> 'SparseSwitchNorm':
+    def train(self, mode: bool = True) -> SparseSwitchNorm:
         """Set the mode, and look up which normalizers evaluation takes."""
         super().train(mode)
         self._look_up()

@@ -1,5 +1,7 @@
 """Switchable Normalization as a norm layer of OpenMMLab: ``norm_cfg=dict(type='SN')``."""
 
+from __future__ import annotations
+
 import functools
 import math
 
@@ -198,7 +200,7 @@ class SwitchNorm(nn.InstanceNorm2d):
         logits = [1 + math.log(len(ratios)) + math.log(max(ratio, tiny)) for ratio in ratios]
         return torch.tensor(logits, dtype=self.mean_weight.dtype)
 
-    def train(self, mode: bool = True) -> 'SwitchNorm':
+    def train(self, mode: bool = True) -> SwitchNorm:
         """Set the mode; and say how layers that took BatchNorm weights since the last call start."""
         tell_starts()
         return super().train(mode)
@@ -216,14 +218,13 @@ class SwitchNorm(nn.InstanceNorm2d):
         """Normalize by the statistics that ``bn`` has."""
         self._check_input_dim(x)
         normalizers, mean_weight, var_weight = self._choice()
-        own = dict(normalizers=normalizers)
+        parameters = mean_weight, var_weight, self.weight, self.bias
         if bn is None:
-            own['eps'] = self._eps
-        else:
-            own |= batch_statistics.statistics(bn)
-            own['eps'] = bn.eps
-            own['group'] = self._group(bn) if own['training'] else None
-        return switch_norm(x, mean_weight, var_weight, self.weight, self.bias, **own)
+            return switch_norm(x, *parameters, eps=self._eps, normalizers=normalizers)
+        own = batch_statistics.statistics(bn)
+        group = self._group(bn) if own['training'] else None
+        # torch.compile up to 2.4 sees through no dict that is added to
+        return switch_norm(x, *parameters, eps=bn.eps, normalizers=normalizers, group=group, **own)
 
     def _leaf(self, x: torch.fx.Proxy) -> torch.fx.Proxy:
         """One call of this module in a symbolic trace, which must not keep the mode that it was taken in."""
@@ -235,7 +236,7 @@ class SwitchNorm(nn.InstanceNorm2d):
 
     def _statistics(self) -> nn.Module | None:
         """The module that holds the batch statistics; None without BN."""
-        bn = self._modules.get('bn')
+        bn = getattr(self, 'bn', None)
         return None if bn is None else batch_statistics.holder(bn)
 
     def _group(self, bn: nn.Module):
@@ -257,7 +258,7 @@ class SwitchNorm(nn.InstanceNorm2d):
 
     @quiet_in_traces
     def _check_input_dim(self, x: Tensor) -> None:
-        if x.dim() not in self._ranks:
+        if not self._ranks[0] <= x.dim() <= self._ranks[-1]:  # torch.compile of torch 2.4 misreads `not in`
             expected = ' or '.join(f'{rank}-D' for rank in self._ranks)
             raise ValueError(f'{type(self).__name__} expects {expected} input, got shape {tuple(x.shape)}')
         if x.shape[1] != self.num_features:

@@ -6,6 +6,8 @@ the map and variances by the law of total variance, so that nothing cancels wher
 operations, since for small layers it is their number that costs.
 """
 
+from __future__ import annotations
+
 import torch
 import torch.distributed as dist
 from torch import Tensor

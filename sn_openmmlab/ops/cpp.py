@@ -4,6 +4,8 @@
 version of torch. Maps, moments and coefficients are those of :mod:`.native`.
 """
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 

@@ -3,6 +3,8 @@
 Arguments and names are those of :mod:`.algebra`; joint moments are float64. Sums over a process group go there.
 """
 
+from __future__ import annotations
+
 import ctypes
 import functools
 import importlib.util
@@ -88,7 +90,7 @@ def _dense(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float32 and t.is_contiguous() else t.float().contiguous()
 
 
-@functools.cache
+@functools.lru_cache(None)
 def _places(normalizers: tuple[str, ...]) -> list[int]:
     return [normalizers.index(name) if name in normalizers else -1 for name in ('in', 'ln', 'bn')]
 
@@ -98,7 +100,7 @@ def pointer(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
-@functools.cache
+@functools.lru_cache(None)
 def library() -> ctypes.CDLL | None:
     """What setup.py compiled; None where it could not, where it cannot be loaded, or where it is out of date."""
     spec = importlib.util.find_spec(f'{__package__}._cpp')

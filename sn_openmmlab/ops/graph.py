@@ -4,6 +4,8 @@ The same function as :mod:`.reference`, in fewer operations than exporters make 
 moments and two apply the rest, all of which is of size (N, C) or constant.
 """
 
+from __future__ import annotations
+
 from torch import Tensor
 
 from .reference import moments_dtype

@@ -4,6 +4,8 @@ This is the oracle of every test, and the path that is taken where autograd must
 export, ``torch.compile`` (which fuses it), ``torch.func`` and double backward.
 """
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 

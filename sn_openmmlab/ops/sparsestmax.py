@@ -1,5 +1,7 @@
 """SparsestMax: ratios that become one-hot as a circle around the centre of the simplex grows."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 
@@ -48,10 +50,10 @@ def sparsestmax(z: Tensor, radius: Tensor | float) -> Tensor:
         distance = offset.square().sum(-1, keepdim=True)
         inner = (outer - 1 / size).clamp(min=0)  # squared radius of the circle on the face
         push = (distance < inner) & (distance > TIE)
-        pushed = face / size + offset * inner.sqrt() * torch.where(push, distance, 1).rsqrt()
+        pushed = face / size + offset * inner.sqrt() * distance.masked_fill(~push, 1).rsqrt()
         p = _sparsemax(torch.where(push, pushed, p).masked_fill(~face, -torch.inf))
         face = p > 0
-    first = torch.nn.functional.one_hot(z.argmax(-1), k).to(z.dtype)
+    first = (torch.arange(k, device=z.device) == z.argmax(-1, keepdim=True)).to(z.dtype)
     return torch.where(radius < 1, p, first)
 
 

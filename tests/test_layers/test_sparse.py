@@ -13,9 +13,11 @@ from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from torch import nn
 from torch.autograd import gradcheck
+from torch.nn.utils import stateless
 
 from sn_openmmlab import SparseSwitchNorm, SSNRadiusHook, SwitchNorm, convert_switch_norm
 from sn_openmmlab.ops import sparsestmax
+from sn_openmmlab.ops.torch_versions import VERSION
 
 # logits, rho, and the ratios by hand: u + r * d/|d|, with r = rho * sqrt(2/3)
 POINTS = dict(
@@ -54,7 +56,7 @@ def test_sparsestmax_is_the_closest_point_that_the_circle_allows():
     a, b = torch.meshgrid(*[torch.linspace(0, 1, 101, dtype=torch.float64)] * 2, indexing='ij')
     grid = torch.stack([a, b, 1 - a - b], -1)[a + b <= 1]
     allowed = (grid - 1 / 3).norm(dim=1) >= r
-    best = torch.cdist(z, grid).where(allowed, torch.inf).amin(1)
+    best = torch.cdist(z, grid).masked_fill(~allowed, torch.inf).amin(1)
     assert allowed.any(1).all() and ((p - z).norm(dim=1) <= best + 1e-9).all()
 
 
@@ -109,6 +111,9 @@ def formula(layer, x, z, v, weight):
     return y * weight.view(1, 4, 1, 1) + layer.bias.view(1, 4, 1, 1)
 
 
+functional_call = getattr(torch, 'func', stateless).functional_call  # before torch 2 it was there
+
+
 def images(seed=1):
     return torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 + 1
 
@@ -135,7 +140,7 @@ def test_gradcheck(means):
     layer = make(means)
 
     def function(x, z, v):
-        return torch.func.functional_call(layer, dict(mean_weight=z, var_weight=v), (x,))
+        return functional_call(layer, dict(mean_weight=z, var_weight=v), (x,))
 
     z, v = (t.detach().clone().requires_grad_() for t in (layer.mean_weight, layer.var_weight))
     layer.bn.eval()  # statistics that stay
@@ -239,13 +244,22 @@ def make_like(layer):
     return other
 
 
+@pytest.mark.skipif(VERSION < (2, 0), reason='torch.compile came with torch 2')
 @pytest.mark.parametrize('training', [True, False])
-def test_compile_fx_and_half_precision(training):
+def test_compile(training):
     layer = make('circle').float().train(training)
     layer.momentum = 0.0
     x = images().float()
     y = layer(x)
     torch.testing.assert_close(torch.compile(layer, backend='eager', fullgraph=True)(x), y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_fx_and_half_precision(training):
+    layer = make('circle').float().train(training)
+    layer.momentum = 0.0
+    x = images().float()
+    y = layer(x)
     assert torch.equal(torch.fx.symbolic_trace(nn.Sequential(layer))(x), y)
     half = layer(x.bfloat16())  # the layer's own parameters stay float32, as under autocast
     assert half.dtype == torch.bfloat16
