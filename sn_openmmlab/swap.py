@@ -118,16 +118,9 @@ def plan_swap(
     recipe = statistics is None and to in ('SN', 'SyncSN')
 
     def rewritten(refused: Collection[str] = (), added: Collection[str] = ()):
-        nonlocal norm_eval
         walk = _Walk(to, parts, norm_eval, init_ratios, refused, added, learns=recipe or norm_eval is False)
         with DefaultScope.overwrite_default_scope(scope_of(cfg)):
-            model = walk.visit(cfg.model)
-        if norm_eval and walk.places and not walk.frozen:
-            if not recipe:
-                raise ValueError("statistics='frozen' sets norm_eval, which the backbone of this model does not have")
-            norm_eval = False
-            return rewritten(refused, added)
-        return model, walk.places, walk.bare
+            return walk.visit(cfg.model), walk
 
     def outcome(*places: Collection[str]):
         return compare(before, build(cfg, rewritten(*places)[0]))
@@ -138,7 +131,13 @@ def plan_swap(
         raise RuntimeError(f'the model cannot be built as it is: {_said(error)}') from error
     if recipe:
         norm_eval = 'backbone' in parts and _better_frozen(cfg, before)
-    _, places, bare = rewritten()
+    _, walk = rewritten()
+    if norm_eval and walk.places and not walk.frozen:
+        if not recipe:
+            raise ValueError("statistics='frozen' sets norm_eval, which the backbone of this model does not have")
+        norm_eval = False
+        _, walk = rewritten()
+    places, bare = walk.places, walk.bare
     refused = {place: 'is of a trained teacher' for place in places if place.startswith('teacher_')}
     places = [place for place in places if place not in refused]
     try:

@@ -16,6 +16,7 @@ from benchmarks.report import rewrite
 
 README = Path(__file__).parent / 'README.md'
 HOME = Path(__file__).resolve().parents[2] / 'README.md'
+GUIDE = HOME.parent / 'docs/finetuning.md'
 PLOTS = HOME.parent / 'docs/images'
 
 
@@ -33,6 +34,7 @@ def main(argv: list[str] | None = None) -> None:
             (README, 'tables'): parts,
             (HOME, 'accuracy'): [summary(scratch)],
             (HOME, 'finetuning'): [summary(finetuned)],
+            (GUIDE, 'finetuning'): [summary(finetuned)],
         },
         args.check,
     )

