@@ -104,7 +104,15 @@ def test_frozen_statistics_in_the_backbone(name):
     model.train()
     for layer, m in norms(model).items():
         assert m.bn.training != layer.startswith('backbone.')
-        assert m.init_ratios == ((0.05, 0.05, 0.9) if layer.startswith('backbone.') else None)
+        assert m.init_ratios is None  # near BN where its weights are loaded
+
+
+@pytest.mark.parametrize('path', sorted((CONFIGS / 'mmseg/sn').glob('[pdu]*.py')), ids=lambda p: p.stem)
+def test_mmsegs_networks_follow_the_recipe_for_batch_norm_checkpoints(path):
+    model = build(Config.fromfile(path))
+    model.train()
+    frozen = {layer.partition('.')[0] for layer, m in norms(model).items() if not m.bn.training}
+    assert frozen == {'backbone'}
 
 
 def without_norms(tree):

@@ -19,6 +19,7 @@ def config(norm_cfg: dict, images: int, lr: float, epochs: int) -> Config:
     """Model, data, evaluator, optimizer and schedule; the runner adds the rest."""
     cfg = Config.fromfile(ROOT / 'configs/mmseg/sn/fcn_r18-d8_sn_1xb2-20k_camvid-180x240.py')
     cfg.model.pretrained = None
+    cfg.model.backbone.norm_eval = False
     for part in 'backbone', 'decode_head', 'auxiliary_head':
         cfg.model[part].norm_cfg = norm_cfg
     cfg.data_root = data_root('camvid')

@@ -6,7 +6,8 @@ custom_imports = dict(imports=['sn_openmmlab'], allow_failed_imports=False)
 norm_cfg = dict(type='SN', requires_grad=True)
 model = dict(
     # the stem and the first residual stage are frozen (frozen_stages=1, inherited): stages 1 and 2 as the paper counts.
-    # The paper starts from an ImageNet model trained with SN; the inherited BN checkpoint loads too (README.md).
+    # The paper's row starts from an ImageNet model trained with SN, whose statistics move. The inherited BN checkpoint
+    # loads too, but take ..._sn-all-norm-eval_2x_coco.py for it (README.md).
     backbone=dict(norm_cfg=norm_cfg, norm_eval=False),
     neck=dict(norm_cfg=norm_cfg),
     roi_head=dict(bbox_head=dict(type='Shared4Conv1FCBBoxHead', conv_out_channels=256, norm_cfg=norm_cfg)),

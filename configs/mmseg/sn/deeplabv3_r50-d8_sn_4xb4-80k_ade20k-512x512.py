@@ -5,7 +5,10 @@ custom_imports = dict(imports=['sn_openmmlab'], allow_failed_imports=False)
 
 norm_cfg = dict(type='SN', requires_grad=True)
 model = dict(
-    backbone=dict(norm_cfg=norm_cfg), decode_head=dict(norm_cfg=norm_cfg), auxiliary_head=dict(norm_cfg=norm_cfg)
+    # the recipe for the inherited BN checkpoint: the backbone starts near BN and keeps its statistics
+    backbone=dict(norm_cfg=norm_cfg, norm_eval=True),
+    decode_head=dict(norm_cfg=norm_cfg),
+    auxiliary_head=dict(norm_cfg=norm_cfg),
 )
 
 # no weight decay on weight, bias and the importance ratios' logits

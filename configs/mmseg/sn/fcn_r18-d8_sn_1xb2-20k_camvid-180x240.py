@@ -28,7 +28,7 @@ data_preprocessor = dict(size=crop_size)
 model = dict(
     data_preprocessor=data_preprocessor,
     pretrained='torchvision://resnet18',  # None trains from scratch
-    backbone=dict(depth=18),
+    backbone=dict(depth=18, norm_eval=True),  # statistics of the checkpoint; from scratch False
     decode_head=dict(in_channels=512, channels=128, num_classes=num_classes),
     auxiliary_head=dict(in_channels=256, channels=64, num_classes=num_classes),
 )
