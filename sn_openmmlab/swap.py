@@ -25,7 +25,6 @@ PARTS = ('backbone', 'neck', 'head')
 TARGETS = ('SN', 'SyncSN', 'GN', 'BN', 'SyncBN')
 STATISTICS = ('train', 'frozen', 'synced')
 SMALL_BATCH = 4  # images a process, up to which statistics of the batch are worse than a checkpoint's
-LOGITS_LR_MULT = 100  # of the importance ratios' logits where a training starts from a checkpoint, for SGD
 KEPT = ('eps', 'affine', 'requires_grad', '_scope_')  # arguments that every norm layer has
 KEPT_BY = {
     'SN': ('momentum', 'normalizers', 'init_ratios', 'correction'),
@@ -61,10 +60,8 @@ def swap_norm(
 ) -> Config:
     """A copy of a config whose model has another norm.
 
-    What is written for SN is the recipe of docs/finetuning.md. Where the backbone starts from a BatchNorm checkpoint,
-    and a process has up to 4 images a step, its statistics are frozen, and layers start near BatchNorm as they load it.
-    Where a training by SGD starts from any checkpoint, the logits of the importance ratios learn at 100 times the
-    learning rate of the rest.
+    What is written for SN is the recipe of docs/finetuning.md: where the backbone starts from a BatchNorm checkpoint,
+    and a process has up to 4 images a step, its statistics are frozen. SN layers start near BatchNorm as they load it.
 
     Every dict of ``cfg.model`` that names a class is compared with what the class accepts: norms under any key and
     norms that the class has by default are found alike, and are written out where they change. What is built before and
@@ -280,13 +277,11 @@ def _told(cfg: Config, model: dict, to: str, parts: tuple[str, ...], norms: list
         names = [imports['imports']] if isinstance(imports['imports'], str) else list(imports['imports'])
         if 'sn_openmmlab' not in names:
             swap.config.custom_imports = {**imports, 'imports': [*names, 'sn_openmmlab']}
-        if _is_pretrained(cfg):
-            _hurry_logits(swap.config)
     return swap
 
 
-def _is_pretrained(cfg: Config, part: str | None = None) -> bool:
-    """Whether the model, or this part of it, starts from a checkpoint."""
+def _is_pretrained(cfg: Config) -> bool:
+    """Whether the backbone starts from a checkpoint, its own or the whole model's."""
 
     def visit(node, place: str) -> bool:
         if isinstance(node, (list, tuple)):
@@ -294,7 +289,7 @@ def _is_pretrained(cfg: Config, part: str | None = None) -> bool:
         if not isinstance(node, dict):
             return False
         given = node.get('pretrained') or (node.get('type') == 'Pretrained' and node.get('checkpoint'))
-        here = part is None or part_of(place) == part or place in ('', 'init_cfg')
+        here = part_of(place) == 'backbone' or place in ('', 'init_cfg')
         return bool(given and here) or any(visit(v, f'{place}.{k}'.lstrip('.')) for k, v in node.items())
 
     return bool(cfg.get('load_from')) or visit(cfg.model, '')
@@ -303,24 +298,10 @@ def _is_pretrained(cfg: Config, part: str | None = None) -> bool:
 def _better_frozen(cfg: Config, model: nn.Module) -> bool:
     """Whether the backbone starts from a checkpoint with BatchNorm whose statistics are better than a batch's."""
     backbone = [m for name, m in model.named_modules() if part_of(name) == 'backbone']
-    if not _is_pretrained(cfg, 'backbone') or not any(
-        isinstance(m, _BatchNorm) or is_mm_sync_bn(type(m)) for m in backbone
-    ):
+    if not _is_pretrained(cfg) or not any(isinstance(m, _BatchNorm) or is_mm_sync_bn(type(m)) for m in backbone):
         return False
     images = (cfg.get('train_dataloader') or {}).get('batch_size', 1)
     return images <= SMALL_BATCH or any(getattr(m, 'norm_eval', False) for m in backbone)
-
-
-def _hurry_logits(cfg: Config) -> None:
-    """Let the logits of importance ratios learn faster than the rest, where SGD trains by mmengine's own rules."""
-    wrapper = cfg.get('optim_wrapper') or {}
-    constructor = wrapper.get('constructor') or 'DefaultOptimWrapperConstructor'
-    if constructor != 'DefaultOptimWrapperConstructor' or (wrapper.get('optimizer') or {}).get('type') != 'SGD':
-        return
-    rules = wrapper.get('paramwise_cfg') or {}
-    logits = {name: dict(lr_mult=LOGITS_LR_MULT, decay_mult=0.0) for name in ('mean_weight', 'var_weight')}
-    rules = {**rules, 'custom_keys': {**logits, **(rules.get('custom_keys') or {})}}
-    cfg.optim_wrapper = {**wrapper, 'paramwise_cfg': rules}
 
 
 @functools.lru_cache(None)

@@ -135,50 +135,32 @@ def test_statistics_and_targets(kwargs, norm, norm_eval):
     assert backbone.norm_cfg == norm and backbone.norm_eval == norm_eval
 
 
-LOGITS = dict(lr_mult=100, decay_mult=0.0)
 SCRATCH = 'mmdet::scratch/faster-rcnn_r50-scratch_fpn_gn-all_6x_coco.py'
-ADAM = 'mmdet::rtmdet/rtmdet-ins_tiny_8xb32-300e_coco.py'
+LARGE = 'mmdet::rtmdet/rtmdet-ins_tiny_8xb32-300e_coco.py'
 BISENET = 'mmseg::bisenetv2/bisenetv2_fcn_4xb4-160k_cityscapes-1024x1024.py'
 WHOLE = {'model.init_cfg': dict(type='Pretrained', checkpoint='x.pth'), 'model.backbone.init_cfg': None}
 
 
 @pytest.mark.parametrize(
-    'name, change, frozen, logits',
+    'name, change, frozen',
     [
-        (FCOS, {}, True, LOGITS),
-        (FCOS, WHOLE, True, LOGITS),
-        ('mmdet::grid_rcnn/grid-rcnn_r50_fpn_gn-head_2x_coco.py', {}, True, LOGITS),  # a class makes a norm by itself
-        (OCR, {}, True, LOGITS),  # pretrained= of the whole model; norm_eval was False
-        (SCRATCH, {}, False, None),
-        (SCRATCH, dict(load_from='detector.pth'), False, LOGITS),  # GN's checkpoint: no statistics to freeze
-        (ADAM, {}, False, None),  # 32 images; and steps that do not shrink with the gradient
-        (ADAM, {'train_dataloader.batch_size': 4}, True, None),
-        (BISENET, dict(load_from='x.pth'), False, LOGITS),  # a backbone without norm_eval
-        (FCOS, {'optim_wrapper.constructor': 'LayerDecayOptimizerConstructor'}, True, None),
-        (FCOS, {'optim_wrapper.paramwise_cfg.custom_keys': dict(mean_weight=dict(lr_mult=3))}, True, dict(lr_mult=3)),
-        (FCOS, dict(optim_wrapper=None), True, None),
+        (FCOS, {}, True),
+        (FCOS, WHOLE, True),
+        ('mmdet::grid_rcnn/grid-rcnn_r50_fpn_gn-head_2x_coco.py', {}, True),  # a class makes a norm by itself
+        (OCR, {}, True),  # pretrained= of the whole model; norm_eval was False
+        (SCRATCH, {}, False),
+        (SCRATCH, dict(load_from='detector.pth'), False),  # GN's checkpoint: no statistics to freeze
+        (LARGE, {}, False),  # 32 images a process
+        (LARGE, {'train_dataloader.batch_size': 4}, True),
+        (BISENET, dict(load_from='x.pth'), False),  # a backbone without norm_eval
     ],
 )
-def test_the_recipe_for_checkpoints(name, change, frozen, logits):
+def test_the_recipe_for_checkpoints(name, change, frozen):
     cfg = config(name)
     cfg.merge_from_dict(change)
     new = swap_norm(cfg)
     assert bool(new.model.backbone.get('norm_eval')) == frozen
-
-    def rules(cfg):
-        return dict((cfg.optim_wrapper or {}).get('paramwise_cfg') or {})
-
-    old, new = rules(cfg), rules(new)
-    keys = new.pop('custom_keys', {})
-    assert keys.get('mean_weight') == logits and ('var_weight' in keys) == (logits is not None)
-    old.pop('custom_keys', None)
-    assert new == old
-
-
-def test_the_recipe_is_for_sn_only():
-    assert swap_norm(config(FCOS), to='GN').optim_wrapper == config(FCOS).optim_wrapper
-    frozen = swap_norm(config(FCOS), statistics='frozen')
-    assert frozen.model.backbone.norm_cfg.requires_grad is False  # asked for as it is in the config
+    assert 'init_ratios' not in str(new.model)  # layers start near BatchNorm by themselves
 
 
 def test_frozen_statistics_are_those_of_the_child():

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from yapf.yapflib.yapf_api import FormatCode
 
-from sn_openmmlab import SwitchNorm, SyncSN
+from sn_openmmlab import SwitchNorm
 from sn_openmmlab.bases import NEED_HELP
 from sn_openmmlab.skeleton import part_of
 from sn_openmmlab.swap import PARTS, STATISTICS, TARGETS, Swap, plan_swap
@@ -237,12 +237,6 @@ def notes(swap: Swap):
         yield (
             'backbone.norm_eval=True: BN statistics are those of the checkpoint, which measured better at 2 images '
             'than those of the batch (--statistics train)'
-        )
-    rates = ((swap.config.get('optim_wrapper') or {}).get('paramwise_cfg') or {}).get('custom_keys', {})
-    if any(norm.new in (SwitchNorm, SyncSN) for norm in swap.changed) and 'mean_weight' in rates:
-        yield (
-            f'importance ratios learn at {rates["mean_weight"]["lr_mult"]:g} times the learning rate of the rest '
-            '(optim_wrapper.paramwise_cfg), since the training starts from a checkpoint'
         )
 
 

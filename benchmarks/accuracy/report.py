@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchmarks.accuracy.run import RESULTS, TASKS, load_task, norms
 from benchmarks.report import rewrite
+from sn_openmmlab.skeleton import part_name
 
 README = Path(__file__).parent / 'README.md'
 HOME = Path(__file__).resolve().parents[2] / 'README.md'
@@ -83,6 +84,7 @@ def tables(name: str, results: list[dict]) -> str:
                     values[0] = 'diverged'
                 text.append('| ' + ' | '.join([*head, label, *values]) + ' |')
                 head = [''] * 3
+        text += ratios([r for r in results if is_main(r) and r['images'] == 2])
     others = [r for r in results if not is_main(r)]
     if others:
         metric, label = next(iter(task.METRICS.items()))
@@ -96,13 +98,31 @@ def tables(name: str, results: list[dict]) -> str:
     return '\n'.join(text)
 
 
+def ratios(results: list[dict]) -> list[str]:
+    """Importance ratios at the end: the mean over the layers of a part, and the seeds."""
+    parts = {}
+    for result in results:
+        for layer, values in result.get('importance_ratios', {}).items():
+            parts.setdefault((result['norm'], part_name(layer)), []).append(values)
+    rows = []
+    for (norm, part), layers in parts.items():
+        layers = [values for values in layers if len(values[0]) == 3]  # with BN
+        if layers:
+            means = [[statistics.mean(values[kind][k] for values in layers) for k in range(3)] for kind in range(2)]
+            rows.append(f'| {norm} | {part} | ' + ' | '.join(f'{ratio:.3f}' for kind in means for ratio in kind) + ' |')
+    head = ['', 'Importance ratios after the last epoch, mean over layers and seeds:', '']
+    head += ['| norm | part | IN, means | LN, means | BN, means | IN, variances | LN, variances | BN, variances |']
+    return [*head, '| :--- | :--- |' + ' ---: |' * 6, *rows] if rows else []
+
+
 def summary(by_task: dict[str, list[dict]]) -> str:
     """The comparison at 2 images per step, evaluated with the moving average: a row a norm, a column a task."""
     by_task = {name: [r for r in results if r['images'] == 2 and is_main(r)] for name, results in by_task.items()}
     heads = [f'{task.NAME}, {next(iter(task.METRICS.values()))}' for task in map(load_task, by_task)]
     text = [f'| norm | {" | ".join(heads)} |', '| :--- |' + ' ---: |' * len(heads)]
     trained = {r['norm'] for results in by_task.values() for r in results}
-    names = dict.fromkeys(norm for task in by_task for norm in norms(load_task(task)))
+    by_name = {name: norm for task in by_task for name, norm in norms(load_task(task)).items()}
+    names = [name for name, norm in by_name.items() if norm.get('logits', 1) == 1]  # others are variants
     for norm in filter(trained.__contains__, names):
         row = [norm]
         for name, results in by_task.items():

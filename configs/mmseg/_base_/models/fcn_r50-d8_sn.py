@@ -7,8 +7,8 @@ custom_imports = dict(imports=['sn_openmmlab'], allow_failed_imports=False)
 norm_cfg = dict(type='SN', requires_grad=True)
 loss_decode = dict(avg_non_ignore=True)  # padding would dilute the loss otherwise
 model = dict(
-    # The paper starts from an ImageNet model trained with SN, whose statistics move. This BN checkpoint loads too, near BN;
-    # for it freeze its statistics: backbone.norm_eval=True (README.md beside the configs).
+    # The paper starts from an ImageNet model trained with SN, whose statistics move. This BN checkpoint loads too, near
+    # BN; for it freeze its statistics: backbone.norm_eval=True (README.md beside the configs).
     # mmseg's networks have ResNetV1c, whose stem is three 3x3 convolutions, and a checkpoint of that
     pretrained='torchvision://resnet50',
     backbone=dict(type='ResNet', norm_cfg=norm_cfg),
