@@ -10,6 +10,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
+HOME = os.environ.get('SN_OPENMMLAB_HOME', '')  # where the project's files can be seen; a release sets it
 MIM_FILES = ('configs', 'tools', 'model-index.yml')
 
 
@@ -60,14 +61,33 @@ def version() -> str:
     return re.search(r"__version__ = '(.+)'", (ROOT / 'sn_openmmlab/version.py').read_text())[1]
 
 
+def description() -> str:
+    """README.md, whose links to other files of the project lead to them also where it stands alone."""
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    if not HOME:
+        text = re.sub(r'!\[.*?\]\((?!https?:).*?\)\n', '', text)
+        return re.sub(r'\[([^]]*)\]\((?!https?:|#).*?\)', r'\1', text)
+    return re.sub(r'(\]\()(?!https?:|#)', rf'\1{HOME}/', text)
+
+
 setup(
     name='sn-openmmlab',
     version=version(),
     description='Switchable Normalization for OpenMMLab: a norm layer, recipes and tools',
-    long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
+    long_description=description(),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
+    author='The sn_openmmlab contributors',
+    project_urls={'Paper': 'https://arxiv.org/abs/1806.10779', **({'Source': HOME} if HOME else {})},
     keywords='computer vision, object detection, semantic segmentation, normalization',
+    classifiers=[
+        'Development Status :: 4 - Beta',
+        'Intended Audience :: Developers',
+        'Intended Audience :: Science/Research',
+        'Operating System :: OS Independent',
+        *(f'Programming Language :: Python :: {python}' for python in ('3', *(f'3.{minor}' for minor in range(8, 14)))),
+        'Topic :: Scientific/Engineering :: Image Recognition',
+    ],
     packages=find_packages(include=['sn_openmmlab', 'sn_openmmlab.*']),
     package_data={'sn_openmmlab.analysis': ['page.html']},
     python_requires='>=3.8',
@@ -75,10 +95,20 @@ setup(
     install_requires=['torch>=1.13'],
     extras_require={
         'onedl': ['onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmsegmentation'],
-        'openmmlab': ['mmengine>=0.10', 'mmcv>=2.0', 'mmdet>=3.0', 'mmsegmentation>=1.0'],
+        # mmdet and mmsegmentation refuse mmcv 2.2, and need numpy 1; mmsegmentation imports ftfy and regex unasked
+        'openmmlab': [
+            'mmengine>=0.10,<0.11',
+            'mmcv>=2.0,<2.2',
+            'mmdet>=3.0,<4',
+            'mmsegmentation>=1.0,<2',
+            'numpy<2',
+            'ftfy',
+            'regex',
+        ],
         'dev': ['pytest', 'ruff', 'matplotlib'],
     },
     cmdclass={'build_py': BuildPy},
+    options={'bdist_wheel': {'py_limited_api': 'cp38'}} if libraries() else {},
     ext_modules=libraries(),
     zip_safe=False,
 )

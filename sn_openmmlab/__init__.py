@@ -2,7 +2,14 @@
 and the checkpoint addresses switchnorm://PATH."""
 
 import importlib.util
+import sys
 
+import torch
+
+if sys.version_info < (3, 8):  # noqa: UP036  (pip does not install it there, but a checkout may be tried)
+    raise ImportError('sn_openmmlab needs Python 3.8 or newer; this is {}.{}.{}'.format(*sys.version_info))
+if [int(number) for number in torch.__version__.split('.')[:2]] < [1, 13]:
+    raise ImportError(f'sn_openmmlab needs torch 1.13 or newer; this is {torch.__version__}')
 if importlib.util.find_spec('mmengine') is None:
     raise ImportError(
         'sn_openmmlab needs mmengine, which comes with mmdetection and mmsegmentation: '

@@ -134,6 +134,15 @@ def test_compared_configs_differ_in_the_norm_alone(path):
     assert without_norms(config) == without_norms(other)
 
 
+def test_collections_have_names_of_their_own():
+    """mim keys them by name: of two with one name the second's data sets and README would be said of both."""
+    index = yaml.safe_load((CONFIGS.parent / 'model-index.yml').read_text())['Import']
+    files = [yaml.safe_load((CONFIGS.parent / path).read_text()) for path in index]
+    names = [collection['Name'] for file in files for collection in file['Collections']]
+    assert len(names) == len(set(names)) == len(files)
+    assert all(m['In Collection'] == file['Collections'][0]['Name'] for file in files for m in file['Models'])
+
+
 def test_every_coco_config_is_listed_with_its_schedule():
     text = (CONFIGS / 'mmdet/sn/metafile.yml').read_text()
     models = {m['Name']: m for m in yaml.safe_load(text)['Models']}

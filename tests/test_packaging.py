@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -104,7 +105,15 @@ def test_metadata(wheel, tmp_path):
     assert metadata['Requires-Python'] == '>=3.8'
     assert [r for r in metadata.get_all('Requires-Dist') if 'extra' not in r] == ['torch>=1.13']
     assert set(metadata.get_all('Provides-Extra')) == {'onedl', 'openmmlab', 'dev'}
+    assert 'mmcv<2.2,>=2.0; extra == "openmmlab"' in metadata.get_all('Requires-Dist')  # mmdet 3.3 refuses 2.2
+    assert f'Programming Language :: Python :: 3.{sys.version_info[1]}' in metadata.get_all('Classifier')
     assert list(tmp_path.glob('*.dist-info/**/LICENSE'))
+    assert not re.search(r'\]\((?!https?:|#)', metadata.get_payload())  # links that lead nowhere from a package index
+
+
+def test_one_wheel_serves_all_pythons(wheel):
+    assert '-cp38-abi3-' in wheel.name
+    assert 'sn_openmmlab/ops/_cpp.abi3.so' in zipfile.ZipFile(wheel).namelist() or BACKEND == 'native'
 
 
 def test_an_installed_wheel(wheel, environment, tmp_path):
@@ -135,6 +144,30 @@ def test_without_a_compiler_an_install_takes_torchs_kernels(source, environment,
     none = dict(CC='no-such-compiler', CXX='no-such-compiler')
     run(environment, *pip('install'), '--ignore-installed', copy, env={**os.environ, **none})
     assert run(environment, '-c', PRINT_BACKEND, cwd=tmp_path).strip() == 'sn_openmmlab.ops.native'
+
+
+@pytest.mark.parametrize(
+    'python, torch, message',
+    [
+        ('3, 7, 16', '1.13.0', 'sn_openmmlab needs Python 3.8 or newer; this is 3.7.16'),
+        ('3, 8, 1', '1.12.1', 'sn_openmmlab needs torch 1.13 or newer; this is 1.12.1'),
+    ],
+)
+def test_what_is_too_old_is_said_before_anything_else(python, torch, message, tmp_path):
+    (tmp_path / 'torch.py').write_text(f'__version__ = {torch!r}')
+    paths = [str(tmp_path), str(ROOT)]
+    code = f'import sys; sys.version_info = ({python}); sys.path[:0] = {paths}; import sn_openmmlab'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stderr.splitlines()[-1] == f'ImportError: {message}'
+
+
+def test_the_import_costs_little_above_torch_and_mmengine(tmp_path):
+    code = (
+        'import time, torch, mmengine.hooks, mmengine.runner, mmengine.hub; before = time.process_time();'
+        'import sn_openmmlab; print(time.process_time() - before)'
+    )
+    times = [float(run(sys.executable, '-W', 'ignore', '-c', code, cwd=ROOT).split()[-1]) for _ in range(3)]
+    assert min(times) < 0.1
 
 
 def test_without_mmengine_import_says_what_to_install(tmp_path):

@@ -5,7 +5,7 @@ tiles of ROWS maps x PIXELS: of many maps where they are small, of a part of one
 are joined by a second launch in a fixed order, so that results repeat bit for bit.
 """
 
-from __future__ import annotations
+# no `from __future__ import annotations`: Triton 3.0 takes tl.constexpr for what it is only where it is evaluated
 
 import functools
 
@@ -19,7 +19,7 @@ from .reference import moments_dtype
 from .triton_algebra import VERSION, Plan, launch, pool
 
 
-def lacks(device: torch.device, dtype: torch.dtype) -> str | None:
+def lacks(device: torch.device, dtype: torch.dtype) -> 'str | None':
     """What the kernels miss there, if anything; under TRITON_INTERPRET=1 they run on any device."""
     if dtype == torch.float64 and VERSION < (3, 2):
         return f'for float64 they need Triton 3.2 or newer, which comes with torch 2.6; this is {triton.__version__}'
@@ -32,7 +32,7 @@ def lacks(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+def moments(x: Tensor) -> 'tuple[Tensor, Tensor]':
     """Pass 1: mean and biased variance of each map."""
     plan = reduction_plan(*_sizes(x))
     n, c, parts = *x.shape[:2], plan.arguments['parts']
@@ -54,7 +54,7 @@ def affine(x: Tensor, mean: Tensor, a: Tensor, s: Tensor) -> Tensor:
     return y
 
 
-def reduce(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+def reduce(dy: Tensor, x: Tensor, mean: Tensor) -> 'tuple[Tensor, Tensor]':
     """Pass 3: sum of dy and sum of dy * (x - mean) over each map."""
     plan = reduction_plan(*_sizes(x))
     parts = plan.arguments['parts']

@@ -6,7 +6,7 @@ first launch takes the sums over rows, all channels of a sample, and a second on
 channel. Sums over a process group, and tensors too large, go to :mod:`.algebra`.
 """
 
-from __future__ import annotations
+# no `from __future__ import annotations`: Triton 3.0 takes tl.constexpr for what it is only where it is evaluated
 
 import functools
 from typing import NamedTuple
@@ -29,7 +29,7 @@ _LONGEST = 8192  # the most rows or columns that fit into registers
 
 def forward(
     mean_in, var_in, mean_bn, var_bn, mean_weight, var_weight, weight, bias, normalizers, eps, size, group
-) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...], Tensor | int | None]:
+) -> 'tuple[Tensor, Tensor, tuple[Tensor | None, ...], Tensor | int | None]':
     """Coefficients of the forward pass from IN moments: see :func:`.algebra.forward`."""
     if not _fits(mean_in, size, group):
         return algebra.forward(
@@ -51,7 +51,7 @@ def forward(
 
 def backward(
     sum_dy, sum_dyx, saved, mean_weight, var_weight, weight, normalizers, eps, size, count, group
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> 'tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]':
     """Coefficients of the backward pass, and the gradients of everything small: see :func:`.algebra.backward`."""
     mean_in = saved[0]
     if not _fits(mean_in, size, group):
@@ -97,12 +97,12 @@ def _fits(mean_in: Tensor, size: int, group) -> bool:
     return group is None and size > 0 and 0 < mean_in.numel() and max(mean_in.shape) <= _LONGEST
 
 
-def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
+def _dense(*tensors: 'Tensor | None') -> 'list[Tensor | None]':
     return [None if t is None else t.contiguous() for t in tensors]
 
 
 @functools.lru_cache(4096)
-def _plans(n: int, c: int) -> list[Plan]:
+def _plans(n: int, c: int) -> 'list[Plan]':
     rows, columns = triton.next_power_of_2(n), triton.next_power_of_2(c)
     if rows * columns <= _ALONE:
         return [_plan('all', n, c, 1, rows, columns)]
@@ -120,7 +120,7 @@ def _plan(part, n: int, c: int, programs: int, rows: int, columns: int) -> Plan:
 
 
 @functools.lru_cache(None)
-def _places(normalizers: tuple[str, ...]) -> dict:
+def _places(normalizers: 'tuple[str, ...]') -> dict:
     """Where the logits of each normalizer stand, -1 for those that take no part."""
     return {name.upper(): normalizers.index(name) if name in normalizers else -1 for name in NORMALIZERS}
 

@@ -79,6 +79,8 @@ def arguments(channels, names=NORMALIZERS, dtype=torch.float64):
 
 def run(backend, x, args, stats, dy, **kwargs):
     """The output, the gradients w.r.t. x and args, and the running statistics after the step."""
+    if backend == 'triton' and x.dtype == torch.float64 and passes.VERSION < (3, 2):
+        pytest.skip('Triton before 3.2 rounds float64')
     leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, *args)]
     stats = [s.clone() for s in stats]
     with pytest.MonkeyPatch.context() as patch:
@@ -197,6 +199,7 @@ def test_results_repeat_bit_for_bit(way):
 
 @pytest.mark.parametrize('shape', [(0, 4, 7, 7), (0, 4), (2, 4, 0, 3)], ids=str)
 def test_empty_input_launches_nothing(shape, monkeypatch):
+    function._triton(torch.device(DEVICE), torch.float64)  # which launches a kernel the first time
     for module in passes, triton_algebra:
         monkeypatch.setattr(module, 'launch', None)
     args, stats = arguments(4)
