@@ -12,11 +12,11 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from torch.func import replace_all_batch_norm_modules_
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
 from sn_openmmlab import SparseSwitchNorm, SwitchNorm, SyncSN
+from sn_openmmlab.ops.torch_versions import VERSION
 
 CLOSE = dict(rtol=1e-9, atol=1e-9)
 
@@ -193,7 +193,7 @@ ACTIONS = dict(
     prune_by_size=to_each(prune_by_size),
     assign=to_each(assign),
     tent=to_each(forget),
-    functorch=replace_all_batch_norm_modules_,
+    **(dict(functorch=torch.func.replace_all_batch_norm_modules_) if VERSION >= (2, 0) else {}),
     pre_hook=to_each(shift_the_input),
     hook=to_each(scale_the_output),
     update_bn=lambda net: update_bn(batches(), net),
@@ -282,7 +282,9 @@ def test_a_child_without_statistics_is_refused(other):
         layer(torch.randn(2, 4, 5, 5))
 
 
-@pytest.mark.parametrize('wrap', [nn.Sequential, lambda m: nn.ModuleDict(dict(module=m)), torch.compile])
+@pytest.mark.parametrize(
+    'wrap', [nn.Sequential, lambda m: nn.ModuleDict(dict(module=m)), getattr(torch, 'compile', nn.Sequential)]
+)
 def test_wrappers_are_looked_through(wrap):
     """As FSDP puts them around each BatchNorm: with real processes in tests/test_engines.py."""
     layer, plain, x = SwitchNorm(4), SwitchNorm(4), torch.randn(2, 4, 5, 5)

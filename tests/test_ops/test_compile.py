@@ -6,10 +6,12 @@ import pytest
 import torch
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from sn_openmmlab import SwitchNorm
+
+pytest.importorskip('torch._dynamo', reason='torch.compile came with torch 2')
+from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 
 SHAPES = [(2, 3, 64, 80), (3, 3, 96, 64), (4, 3, 48, 112)]  # dynamo takes sizes that are equal at first for one size
 
