@@ -42,6 +42,7 @@ CONTENTS = """
 
 Home <self>
 docs/quickstart
+docs/compatibility
 docs/troubleshooting
 ```
 
