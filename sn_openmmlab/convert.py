@@ -38,7 +38,9 @@ def convert_switch_norm(
     learn. GroupNorm and InstanceNorm start at equal ratios.
 
     Layers that the model has already as SN, LayerNorms, and all else are left alone. What was BatchNorm1d and
-    BatchNorm3d becomes ``SN1d`` and ``SN3d``; everything else ``SN``, which takes any number of dimensions.
+    BatchNorm3d becomes ``SN1d`` and ``SN3d``; everything else ``SN``, which takes any number of dimensions. timm's
+    norms with an activation (``BatchNormAct2d``) keep it, as a hook that follows the new layer. A layer with a weight
+    and no bias gets one that is 0 and does not learn.
 
     Args:
         model (nn.Module): The model; mmcv's ``SyncBatchNorm`` (``MMSyncBN``) counts as SyncBatchNorm.
@@ -55,8 +57,9 @@ def convert_switch_norm(
         nn.Module: The converted model, which is a new object also in place where ``model`` is itself a norm layer.
 
     Raises:
-        ValueError: If an argument is wrong, a BatchNorm has no running statistics, or, to 'BN', an importance ratio is
-            not one-hot on BN; the message names the layers, and the model is unchanged.
+        ValueError: If an argument is wrong, a BatchNorm has no running statistics or an InstanceNorm has some, a layer
+            is of a class that does more than to normalize (a ``forward`` of its own, or children), or, to 'BN', an
+            importance ratio is not one-hot on BN; the message names the layers, and the model is unchanged.
 
     Examples:
         >>> from torch import nn
@@ -131,14 +134,18 @@ def fold_batch_norm(model: nn.Module, *args, **kwargs) -> int:
     new = {layer: _batch_norm(layer) for layer in layers}
     for layer, conv in _convs_before(model, layers, args, kwargs).items():
         new[conv] = fuse_conv_bn_eval(conv, new[layer])
-        new[layer] = nn.Identity().eval()
+        new[layer] = _follow(layer, nn.Identity()).eval()
     _replace(model, new)
     return sum(isinstance(module, nn.Identity) for module in new.values())
 
 
 def is_mm_sync_bn(cls: type) -> bool:
     """Whether a class is mmcv's own SyncBatchNorm, which derives from none of torch's; without importing mmcv."""
-    return any(c.__module__ == 'mmcv.ops.sync_bn' and c.__name__ == 'SyncBatchNorm' for c in cls.__mro__)
+    return any(map(_is_mmcvs, cls.__mro__))
+
+
+def _is_mmcvs(cls: type) -> bool:
+    return cls.__module__ == 'mmcv.ops.sync_bn' and cls.__name__ == 'SyncBatchNorm'
 
 
 def is_switchable(cls: type) -> bool:
@@ -206,7 +213,23 @@ def _check(found: dict[str, nn.Module], to: str) -> None:
     lazy = [name for name, layer in found.items() if isinstance(layer, _LazyNormBase)]
     if lazy:
         raise ValueError(f'these layers do not know their number of channels before a first forward: {", ".join(lazy)}')
-    lacking = [name for name, layer in found.items() if _is_batch_norm(layer) and layer.running_mean is None]
+    more = [
+        f'{name or "the model"} ({type(layer).__name__})'
+        for name, layer in found.items()
+        if not _only_normalizes(layer) and not _has_activation(layer)
+    ]
+    if more:
+        raise ValueError(
+            'these layers are of classes with a forward or with children of their own, and would lose what they do '
+            f'beside normalizing: {", ".join(more)}; replace them by hand'
+        )
+    frozen = [name for name, layer in found.items() if not _is_batch_norm(layer) and _has_statistics(layer)]
+    if frozen:
+        raise ValueError(
+            'these InstanceNorms keep running statistics (track_running_stats=True) for evaluation only, which no SN '
+            f'layer does: {", ".join(frozen)}'
+        )
+    lacking = [name for name, layer in found.items() if _is_batch_norm(layer) and not _has_statistics(layer)]
     if lacking:
         raise ValueError(
             f'these BatchNorms keep no running statistics (track_running_stats=False), which SN needs in evaluation: '
@@ -214,8 +237,43 @@ def _check(found: dict[str, nn.Module], to: str) -> None:
         )
 
 
+def _only_normalizes(layer: nn.Module) -> bool:
+    """Whether all that a layer does is its base's, as far as a class can tell."""
+    if _is_timms(layer, 'GroupNorm', 'GroupNorm1'):  # with a kernel of its own
+        return True
+    bases = [_BatchNorm, nn.SyncBatchNorm, _InstanceNorm, nn.GroupNorm, *filter(_is_mmcvs, type(layer).__mro__)]
+    return type(layer).forward in [base.forward for base in bases] and not [*layer.children()]
+
+
+def _has_activation(layer: nn.Module) -> bool:
+    """Whether a layer is a norm of timm's that drops and activates afterwards, or was converted from one."""
+    return _then_act in layer._forward_hooks.values() or _is_timms(
+        layer, 'BatchNormAct2d', 'SyncBatchNormAct', 'GroupNormAct', 'GroupNorm1Act'
+    )
+
+
+def _is_timms(layer: nn.Module, *names: str) -> bool:
+    return type(layer).__module__.startswith('timm.') and type(layer).__name__ in names
+
+
+def _follow(old: nn.Module, new: nn.Module) -> nn.Module:
+    """``new``, after which comes what comes after ``old``."""
+    if _has_activation(old):
+        new.drop, new.act = old.drop, old.act
+        new.register_forward_hook(_then_act)
+    return new
+
+
+def _then_act(layer: nn.Module, _, output: torch.Tensor) -> torch.Tensor:
+    return layer.act(layer.drop(output))
+
+
 def _is_batch_norm(layer: nn.Module) -> bool:
     return not isinstance(layer, (nn.GroupNorm, _InstanceNorm))
+
+
+def _has_statistics(layer: nn.Module) -> bool:
+    return getattr(layer, 'running_mean', None) is not None
 
 
 def _is_one_hot(layer: SwitchNorm) -> bool:
@@ -237,15 +295,14 @@ def _switch_norm(old: nn.Module, to: str, args: dict, like: torch.Tensor) -> Swi
     like = next((t for t in (*old.parameters(), *old.buffers()) if t.is_floating_point()), like)
     new = cls(channels, old.eps, affine=old.affine, device=like.device, dtype=like.dtype, **momentum, **args)
     if old.affine:
-        new.weight, new.bias = old.weight, old.bias
+        new.weight, new.bias = old.weight, _bias(old)
         for logits in new.mean_weight, new.var_weight:  # frozen with the rest of the layer
             logits.requires_grad = old.weight.requires_grad
     if _is_batch_norm(old):
         _move_statistics(old, new.bn)
     if isinstance(new, SyncSN) and getattr(old, 'process_group', None) is not None:
         new.bn.process_group = old.process_group
-    new.train(old.training)
-    return new
+    return _follow(old, new).train(old.training)
 
 
 def _batch_norm(old: SwitchNorm) -> nn.Module:
@@ -263,8 +320,12 @@ def _batch_norm(old: SwitchNorm) -> nn.Module:
     _move_statistics(bn, new)
     if synced:
         new.process_group = old._group(bn)
-    new.train(bn.training)
-    return new
+    return _follow(old, new.train(bn.training))
+
+
+def _bias(old: nn.Module) -> nn.Parameter:
+    """The bias of a layer, or one that does nothing for one with bias=False."""
+    return nn.Parameter(torch.zeros_like(old.weight), requires_grad=False) if old.bias is None else old.bias
 
 
 def _move_statistics(old: nn.Module, new: nn.Module) -> None:

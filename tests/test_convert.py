@@ -1,6 +1,7 @@
 """Conversion of built models: the same function with all importance on BN, and everything in its place."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from mmcv.ops import SyncBatchNorm as MMSyncBN
 from mmengine.registry import MODELS
 from torch import nn
 
-from sn_openmmlab import SwitchNorm, SwitchNorm1d, SwitchNorm3d, SyncSN, convert_switch_norm
+from sn_openmmlab import SwitchNorm, SwitchNorm1d, SwitchNorm3d, SyncSN, convert_switch_norm, fold_batch_norm
 from sn_openmmlab.ops.torch_versions import VERSION
 
 BN_ONLY = (0, 0, 1)
@@ -183,3 +184,112 @@ def test_errors(model, kwargs, message):
     with pytest.raises(ValueError, match=message):
         convert_switch_norm(model, **kwargs)
     assert [type(m) for m in model] == before
+
+
+# -- norms of other libraries, which do more --------------------------------------------------------------------------
+
+BASES = {
+    nn.BatchNorm1d: (6,), nn.BatchNorm2d: (6,), nn.BatchNorm3d: (6,), nn.SyncBatchNorm: (6,),
+    nn.InstanceNorm1d: (6,), nn.InstanceNorm2d: (6,), nn.InstanceNorm3d: (6,), nn.GroupNorm: (2, 6), MMSyncBN: (6,),
+}  # fmt: skip
+
+
+@pytest.fixture
+def group():
+    """mmcv's SyncBatchNorm asks for one when it is made."""
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize('base', BASES)
+@pytest.mark.parametrize('kind', ['forward', 'child'])
+def test_a_class_that_does_more_than_its_base_is_refused_by_name(base, kind, group):
+    class Own(base):
+        if kind == 'forward':
+
+            def forward(self, x):
+                return super().forward(x).relu()
+
+    layer = Own(*BASES[base])
+    if kind == 'child':
+        layer.act = nn.ReLU()
+    model = nn.Sequential(nn.ReLU(), layer)
+    with pytest.raises(ValueError, match=r'forward or with children of their own.*: 1 \(Own\); replace'):
+        convert_switch_norm(model)
+    assert model[1] is layer
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """As timm's: it normalizes, drops and activates. timm imports torchvision, whose wheel on PyPI is for CUDA."""
+
+    def __init__(self, num_features):
+        super().__init__(num_features)
+        self.drop, self.act = nn.Dropout(0.5), nn.PReLU(num_features)
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+BatchNormAct2d.__module__ = 'timm.layers.norm_act'
+
+
+@pytest.mark.parametrize('to', ['SN', 'SyncSN', 'SSN'])
+@pytest.mark.parametrize('training', [False, True])
+def test_timms_activations_stay(to, training):
+    """To SN and back, through deepcopy, and folded; the same keys, so that checkpoints of timm's still fit."""
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), randomized(BatchNormAct2d(6)), nn.Conv2d(6, 6, 1)).train(training)
+    x = torch.randn(4, 3, 5, 5)
+
+    def output(net):
+        torch.manual_seed(1)  # of the dropout
+        return copy.deepcopy(net)(x)
+
+    expected = output(model)
+    converted = convert_switch_norm(model, to, init_ratios=BN_ONLY, inplace=False)
+    assert isinstance(converted[1], SwitchNorm) and converted[1].act.weight.shape == (6,)
+    assert relative_error(output(converted), expected) < 1e-5
+    assert {'1.weight', '1.bias', '1.act.weight', '1.bn.running_mean'} <= converted.state_dict().keys()
+    back = convert_switch_norm(converted, 'BN', inplace=False)
+    assert relative_error(output(back), expected) < 1e-5
+    again = convert_switch_norm(back, init_ratios=BN_ONLY)
+    assert isinstance(again[1], SwitchNorm) and relative_error(output(again), expected) < 1e-5
+    if not training:
+        assert fold_batch_norm(converted, x) == 1 and relative_error(output(converted), expected) < 1e-5
+
+
+@pytest.mark.parametrize('name', ['efficientnet_b0', 'resnetv2_50', 'densenet121', 'mobilenetv3_small_050'])
+def test_models_of_timm(name):
+    timm = pytest.importorskip(
+        'timm', reason='timm imports torchvision, whose wheel on PyPI does not load without CUDA'
+    )
+    torch.manual_seed(0)
+    model = randomized(timm.create_model(name)).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        assert relative_error(convert_switch_norm(model, init_ratios=BN_ONLY)(x), expected) < 1e-4
+
+
+@pytest.mark.parametrize('base', BASES)
+def test_a_layer_without_a_bias(base, group):
+    """Its function stays, and nothing learns that did not."""
+    if 'bias' not in inspect.signature(base.__init__).parameters:
+        pytest.skip(f'{base.__name__} always has one here')
+    layer = base(*BASES[base], bias=False, **({} if base is nn.GroupNorm else dict(affine=True)))
+    model = nn.Sequential(randomized(layer)).eval()
+    x = torch.randn(2, 6, *[5] * (3 if '3d' in base.__name__ else 1 if '1d' in base.__name__ else 2))
+    converted = convert_switch_norm(model, init_ratios=BN_ONLY, inplace=False)
+    assert converted[0].bias.tolist() == [0] * 6 and not converted[0].bias.requires_grad
+    assert torch.equal(converted[0].weight, layer.weight) and converted[0].weight.requires_grad
+    y = converted(x)
+    if hasattr(layer, 'running_mean') and layer.running_mean is not None:
+        assert relative_error(y, model(x)) < 1e-5
+
+
+@pytest.mark.parametrize('rank', [1, 2, 3])
+def test_an_instance_norm_with_running_statistics_is_refused(rank):
+    """In evaluation it is a BatchNorm, in training none."""
+    layer = getattr(nn, f'InstanceNorm{rank}d')(4, track_running_stats=True)
+    with pytest.raises(ValueError, match='InstanceNorms keep running statistics.*: a$'):
+        convert_switch_norm(nn.ModuleDict(dict(a=layer)))
