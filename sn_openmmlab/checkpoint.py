@@ -17,7 +17,7 @@ from torch import Tensor
 from . import checkpoint_names as names
 from .layers import SwitchNorm
 from .layers.loading import AUTHORS_NAMES
-from .safe_load import read_state_dict
+from .safe_load import read_checkpoint, state_dict_in
 
 SCHEME = 'switchnorm://'
 TARGETS = ('mmdet', 'mmseg', 'mmpretrain')
@@ -61,6 +61,7 @@ def convert(
     source: str = 'auto',
     target: str | None = None,
     init_ratios: Sequence[float] | None = None,
+    prefix: str | None = None,
 ) -> tuple[dict[str, Tensor], Report]:
     """Rename the keys of a checkpoint, and reshape and reorder its tensors, for a model of OpenMMLab with SN.
 
@@ -69,7 +70,8 @@ def convert(
     LN, BN, or IN, LN.
 
     Args:
-        state_dict (Mapping[str, Tensor]): The tensors by name; a leading ``module.`` is taken away.
+        state_dict (Mapping[str, Tensor]): The tensors by name; ``module.`` and ``_orig_mod.``, which wrappers of torch
+            put in front, are taken away.
         source (str): 'switchnorm' for the authors' ImageNet ResNets and their segmentation encoder and decoder (one of
             them, or the two in one dict), 'detectron' for their detectors, 'bn' for a model of torchvision or OpenMMLab
             with BatchNorm, 'auto' to tell by the names. Defaults to 'auto'.
@@ -79,6 +81,9 @@ def convert(
         init_ratios (Sequence[float], optional): For 'bn': importance ratios of IN, LN and BN to store, with weights and
             biases corrected for them (for the usual eps, 1e-5). Defaults to None: none are stored, and layers that load
             it start as from any BatchNorm checkpoint.
+        prefix (str, optional): For 'bn': what to take away in front of the names, as ``encoder_q.``; names without it
+            are skipped. Defaults to None: nothing, but names that all have something in front are an error; '' leaves
+            them.
 
     Returns:
         tuple[dict[str, Tensor], Report]: The new state dict, and what became of the keys.
@@ -87,8 +92,13 @@ def convert(
         ValueError: If the checkpoint is not of that kind or holds what the target cannot compute, or an argument is
             wrong.
     """
-    state_dict = {re.sub(r'^module\.', '', key): value for key, value in state_dict.items()}
+    state_dict = {names.unwrapped(key): value for key, value in state_dict.items()}
+    _check_memory(state_dict)
     source = _checked_source(state_dict, source)
+    if prefix is not None and source != 'bn':
+        raise ValueError(f'prefix={prefix!r} is for BatchNorm checkpoints; the names of this {source} one are known')
+    outside = {key: f'not under {prefix}' for key in state_dict if not key.startswith(prefix or '')}
+    state_dict = {key[len(prefix or '') :]: value for key, value in state_dict.items() if key not in outside}
     modules: names.Modules = {}
     for key, value in state_dict.items():
         module, _, name = key.rpartition('.')
@@ -99,10 +109,13 @@ def convert(
     if source != 'bn':
         _refuse_pre_activation(modules)
 
-    result, report = {}, Report(source)
+    if source == 'bn' and prefix is None:
+        _refuse_foreign_names(modules)
+
+    result, report = {}, Report(source, skipped=outside)
     rules = RULES[source](modules, target)
     for module, tensors in modules.items():
-        keys = {name: f'{module}.{name}'.lstrip('.') for name in tensors}
+        keys = {name: (prefix or '') + f'{module}.{name}'.lstrip('.') for name in tensors}
         new = names.rename(module, rules)
         if new is None:
             raise ValueError(f'{target} has no part that is known to compute what {_few(keys.values())} do')
@@ -136,11 +149,19 @@ def convert(
 def load_from_switchnorm(filename: str, map_location=None) -> dict:
     """Read and convert ``switchnorm://PATH``, and log what became of the keys."""
     try:
-        state_dict, report = convert(read_state_dict(re.sub(f'^{SCHEME}', '', filename), map_location))
+        content = read_checkpoint(re.sub(f'^{SCHEME}', '', filename), map_location)
+        state_dict, report = convert(state_dict_in(content))
     except ValueError as error:
         raise ValueError(f'{filename}: {error}') from error
     print_log(str(report), logger='current')
-    return dict(state_dict=state_dict)
+    return dict(state_dict=state_dict, meta=description(content))
+
+
+def description(content: object) -> dict[str, object]:
+    """What a checkpoint says of the data that it was trained on: names and colours of classes."""
+    meta = content.get('meta') if isinstance(content, Mapping) else None
+    meta = meta if isinstance(meta, Mapping) else {}
+    return {name: meta[name] for name in ('dataset_meta', 'CLASSES', 'PALETTE') if name in meta}
 
 
 # -- what it is -----------------------------------------------------------------------------------------------------
@@ -171,6 +192,26 @@ def _checked_target(modules: names.Modules, source: str, target: str | None) -> 
     if only and target not in (None, only):
         raise ValueError(f'it holds a {what}, which is for {only}, not for {target}')
     return target or only or 'mmdet'
+
+
+def _refuse_foreign_names(modules: names.Modules) -> None:
+    """Of BatchNorm models all names are taken as they are, so that nobody would notice names that no model has."""
+    prefixes = [names.foreign_prefix(module) for module, tensors in modules.items() if 'running_mean' in tensors]
+    if any(prefixes) and '' not in prefixes:
+        first = next(filter(None, prefixes))
+        raise ValueError(
+            f'its names, such as {next(module for module in modules if module.startswith(first))}, have {first!r} in '
+            f'front, which no backbone or model of OpenMMLab has. Take it away with --prefix {first} (prefix={first!r} '
+            f"in Python), or leave it with --prefix ''; without conversion, init_cfg=dict(type='Pretrained', "
+            f'checkpoint=PATH, prefix={first[:-1]!r}) loads it'
+        )
+
+
+def _check_memory(state_dict: Mapping[str, Tensor]) -> None:
+    for key, value in state_dict.items():
+        kind = 'meta' if value.is_meta else 'quantized' if value.is_quantized else str(value.layout)[len('torch.') :]
+        if kind != 'strided':
+            raise ValueError(f'{key} is a {kind} tensor; only those that hold their values one by one can be converted')
 
 
 def _refuse_pre_activation(modules: names.Modules) -> None:
@@ -294,7 +335,8 @@ def _notes(result: dict[str, Tensor], modules: names.Modules, source: str) -> li
             "norm_cfg=dict(type='BN', requires_grad=False), whose statistics start at the 0 and 1 that they need"
         )
     for key, value in result.items():
-        if not value.isfinite().all():
+        once = value[tuple(slice(1 if step == 0 else None) for step in value.stride())]  # of an expanded tensor
+        if not once.isfinite().all():
             notes.append(f'{key} has values that are not finite')
     empty = [key for key, value in result.items() if key.endswith('bn.running_var') and not value.any()]
     if empty:

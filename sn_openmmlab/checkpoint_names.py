@@ -33,6 +33,17 @@ def has_decoder(modules: Modules) -> bool:
     return any(re.fullmatch(DECODER, module) for module in modules)
 
 
+def unwrapped(key: str) -> str:
+    """A key without what DistributedDataParallel and torch.compile put into it."""
+    return re.sub(r'^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.', '', key)
+
+
+def foreign_prefix(module: str) -> str | None:
+    """What stands in front of the name that a norm of a backbone has, None where it is no such name."""
+    match = re.match(r'((?:\w+\.)*?)(?:backbone\.|bn1(?:\.|$)|layer1\.|features\.|stem\.)', module)
+    return match and match[1]
+
+
 def batch_norm(modules: Modules, target: str) -> Rules:
     """torchvision's and OpenMMLab's own names, which stay."""
     if any(module.startswith('backbone.') for module in modules):

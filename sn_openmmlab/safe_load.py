@@ -34,6 +34,7 @@ from torch._weights_only_unpickler import _get_allowed_globals
 from .ops.torch_versions import VERSION
 
 TRUST = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'  # torch's own switch: unpickle whatever a file holds
+NO_DATA = 'a TorchScript archive, or one of torch 0.1, which cannot be read as data'
 
 
 def read_state_dict(path: str, map_location=None) -> dict[str, Tensor]:
@@ -63,11 +64,14 @@ def read_checkpoint(path: str, map_location=None) -> object:
     except OSError:
         raise
     except Exception as error:  # of many types, by the way in which a file is none of torch's
-        code = re.search(r'(?:GLOBAL|class) ([\w.]+)|(getattr\(.*?\))', str(error))
+        code = re.search(
+            r'(?:GLOBAL|class) ([\w.]+)|(getattr\(.*?\))|(a TorchScript archive)', str(error)
+        )
         if code:
             raise ValueError(
-                f'it holds more than data: reading it would run {code[1] or code[2]}. Refused; get it from a source '
-                'that you trust, and save its tensors alone'
+                f'it holds more than data: reading it would run {code[1] or code[2] or code[3]}. Refused; get it from '
+                'a source that you trust. One that you do trust is read if you save its tensors alone: '
+                'docs/checkpoints.md, Safety, shows how'
             ) from error
         reason = str(error).split('\n')[0] or type(error).__name__
         raise ValueError(f'it is no file that torch.save wrote, or not all of one ({reason})') from error
@@ -83,6 +87,9 @@ def state_dict_in(content: object) -> MutableMapping[str, Tensor]:
     others = [
         str(name) for name, value in content.items() if not isinstance(name, str) or not isinstance(value, Tensor)
     ]
+    for name in content:
+        if isinstance(name, str) and not name.isprintable():  # what a terminal, a table or a figure would obey
+            raise ValueError(f'it has the name {name!r}, which cannot be printed')
     if others or not content:
         raise ValueError(
             'it holds no state dict (tensors by name, alone or as state_dict or model), but '
@@ -116,8 +123,13 @@ def trusted() -> bool:
 def load_local(file, map_location=None) -> dict:
     """Read a checkpoint file, given by name or opened."""
     file = os.path.expanduser(file) if isinstance(file, str) else file
-    with contextlib.nullcontext() if VERSION >= (2, 6) else _own_unpickler(file):
-        return torch.load(file, map_location=map_location, weights_only=True)
+    try:
+        with contextlib.nullcontext() if VERSION >= (2, 6) else _own_unpickler(file):
+            return torch.load(file, map_location=map_location, weights_only=True)
+    except RuntimeError as error:
+        if 'weights_only' not in str(error):
+            raise
+        raise pickle.UnpicklingError(NO_DATA) from error
 
 
 @contextlib.contextmanager
@@ -125,7 +137,7 @@ def _own_unpickler(file):
     """Within it torch reads data by the unpickler below; not as ``pickle_module``, which torch 1.13 ignores."""
     with open(file, 'rb') if isinstance(file, str) else contextlib.nullcontext(file) as opened:
         if _is_archive(opened):  # which torch reads in other ways
-            raise pickle.UnpicklingError('a TorchScript archive, or one of torch 0.1')
+            raise pickle.UnpicklingError(NO_DATA)
     theirs = torch.serialization._weights_only_unpickler
     torch.serialization._weights_only_unpickler = types.SimpleNamespace(Unpickler=_Unpickler, load=_load)
     try:
@@ -232,7 +244,10 @@ class Array(np.ndarray):
 
     def __setstate__(self, state: tuple) -> None:
         *_, shape, dtype, fortran, data = state
-        super().__setstate__((1, shape, dtype.numpy, fortran, data))
+        try:
+            super().__setstate__((1, shape, dtype.numpy, fortran, data))
+        except (AttributeError, MemoryError, TypeError, ValueError) as error:
+            raise pickle.UnpicklingError(f'class numpy.ndarray of shape {shape} and {type(dtype)}: {error}') from error
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         return self.view(np.ndarray).__reduce_ex__(protocol)

@@ -4,16 +4,19 @@ The authors' variance over the pixels is unbiased, this project's is not, and no
 here have the biased one, so that all else can be held to float64; one test states what the difference comes to.
 """
 
+import argparse
 import importlib
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from authors_models import C1, PPM, SN, FasterRCNNC4, MaskRCNN, ResNet, dilate
@@ -451,6 +454,71 @@ class TestBatchNorm:
         new, _ = convert(whole, target='mmpretrain')
         assert {key.replace('.bn.', '.') for key in new} == whole.keys()
 
+    def test_the_description_of_the_data_stays(self, theirs, command, tmp_path):
+        """Else a detector of blood cells names what it finds as COCO does; the rest describes a BatchNorm model."""
+        colours = np.array([[0, 0, 0], [1, 2, 3]])
+        data = dict(dataset_meta=dict(classes=('RBC', 'WBC'), palette=colours), CLASSES=('RBC', 'WBC'))
+        path = save(dict(state_dict=torch.load(theirs[1]), meta=dict(data, cfg='BN', epoch=3)), tmp_path / 'whole.pth')
+        command(path, tmp_path / 'new.pth')
+        loaded = [
+            torch.load(tmp_path / 'new.pth', weights_only=False)['meta'],  # our own
+            CheckpointLoader.load_checkpoint(f'switchnorm://{path}')['meta'],
+        ]
+        for meta in loaded:
+            assert meta['dataset_meta']['classes'] == meta['CLASSES'] == ('RBC', 'WBC')
+            assert np.array_equal(meta['dataset_meta']['palette'], colours)
+            assert not {'cfg', 'epoch', 'PALETTE'} & meta.keys()
+
+    @pytest.mark.parametrize('wrapper', ['module.', '_orig_mod.', 'module._orig_mod.', '_orig_mod.module.'])
+    def test_what_wrappers_of_torch_put_in_front_goes(self, theirs, wrapper):
+        state = torch.load(theirs[1])
+        assert convert({wrapper + key: value for key, value in state.items()})[0].keys() == convert(state)[0].keys()
+        inner = {key.replace('layer1.', 'layer1._orig_mod.'): value for key, value in state.items()}
+        assert convert(inner)[0].keys() == convert(state)[0].keys()
+
+    @pytest.mark.parametrize('prefix', ['model.', 'model.backbone.', 'encoder_q.', 'student.', 'net.encoder.'])
+    def test_names_that_no_model_has_are_no_success(self, theirs, prefix, command, tmp_path, capsys):
+        """Refused with the remedies, all of which work."""
+        state = {key: value for key, value in torch.load(theirs[1]).items() if not key.startswith('fc')}
+        foreign = {'module.' + prefix + key: value for key, value in state.items()}
+        foreign['module.queue'] = torch.ones(1)
+        path = save(foreign, tmp_path / 'foreign.pth')
+        with pytest.raises(SystemExit):
+            command(path, tmp_path / 'new.pth')
+        shown = prefix if prefix != 'model.backbone.' else 'model.'
+        assert f'--prefix {shown}' in ' '.join(capsys.readouterr().err.split()) and not (tmp_path / 'new.pth').exists()
+        with pytest.raises(ValueError, match=f'have {shown!r} in front'):
+            CheckpointLoader.load_checkpoint(f'switchnorm://{path}')
+        command(path, tmp_path / 'new.pth', '--prefix', prefix)
+        assert f'skipped queue: not under {prefix}' in capsys.readouterr().out
+        assert torch.load(tmp_path / 'new.pth')['state_dict'].keys() >= convert(state)[0].keys()
+        _, report = convert(foreign, prefix='')
+        assert prefix + 'bn1.bn.running_mean' in report.mapped.values() and not report.skipped
+        init_cfg = dict(type='Pretrained', checkpoint=str(path), prefix=f'module.{prefix}'[:-1])
+        ours = backbone(depth=18, init_cfg=init_cfg)
+        ours.init_weights()
+        assert torch.equal(ours.bn1.bn.running_mean, state['bn1.running_mean'])
+
+    @pytest.mark.parametrize(
+        'names', [['backbone.bn1'], ['bn1', 'encoder.layer1.0'], ['stem.0'], ['neck.convs.0.bn', 'backbone.bn1']]
+    )
+    def test_names_that_models_have_stay(self, names):
+        state = {f'{name}.running_mean': torch.ones(2) for name in names}
+        assert set(convert(state)[1].mapped) == state.keys()
+
+    def test_a_command_line_beside_the_weights_is_data(self, theirs, command, tmp_path):
+        """As torchvision, DETR and DeiT save it. What SN layers advise for such a file works."""
+        content = dict(model=torch.load(theirs[1]), args=argparse.Namespace(lr=0.1, device='cuda'))
+        path = save(content, tmp_path / 'theirs.pth')
+        ours = backbone(depth=18, init_cfg=dict(type='Pretrained', checkpoint=str(path)))
+        with pytest.raises(RuntimeError, match=r'switchnorm://PATH.*tools/convert_checkpoint\.py'):
+            ours.init_weights()
+        command(path, tmp_path / 'new.pth')
+        for address in str(tmp_path / 'new.pth'), f'switchnorm://{path}':
+            ours.init_cfg = dict(type='Pretrained', checkpoint=address)
+            ours.init_weights()
+            assert torch.equal(ours.bn1.bn.running_mean, content['model']['bn1.running_mean'])
+
 
 # -- the wrong kind -------------------------------------------------------------------------------------------------
 
@@ -561,6 +629,17 @@ BAD = {
     'own': (lambda good, path: torch.save(convert(good)[0], path), 'names of OpenMMLab .*load it as it is'),
     'unknown part': (lambda good, path: torch.save({**good, 'se.weight': torch.ones(2)}, path), 'se.weight'),
     'odd logits': (lambda good, path: torch.save({**good, 'sn1.var_weight': torch.ones(2)}, path), 'sn1 .*logits'),
+    'sparse': (lambda good, path: torch.save(dict(good, w=torch.eye(2).to_sparse()), path), 'w is a sparse_coo tensor'),
+    'compressed': (
+        lambda good, path: torch.save(dict(good, w=torch.eye(2).to_sparse_csr()), path),
+        'w is a sparse_csr',
+    ),
+    'meta': (lambda good, path: torch.save(dict(good, w=torch.ones(2, device='meta')), path), 'w is a meta tensor'),
+    'quantized': (
+        lambda good, path: torch.save(dict(good, w=torch.quantize_per_tensor(torch.ones(2), 1, 0, torch.qint8)), path),
+        'w is a quantized tensor',
+    ),
+    'control codes': (lambda good, path: torch.save({**good, 'w\x1b[2J': torch.ones(2)}, path), r"name 'w\\x1b\[2J'"),
     'odd size': (lambda good, path: torch.save({**good, 'sn1.bias': torch.ones(2)}, path), r'sn1\.bias has 2'),
 }
 
@@ -593,6 +672,11 @@ class TestRefused:
             (['good.pth', 'folder'], "'folder' is a folder"),
             (['good.pth', 'there.pth'], r"'there\.pth' exists; --force"),
             (['good.pth', 'good.pth', '--force'], r'good\.pth is the checkpoint to read'),
+            (['good.pth', 'device', '--force'], "'device' is a device or a pipe, which a file would replace"),
+            (['good.pth', 'pipe', '--force'], "'pipe' is a device or a pipe, which a file would replace"),
+            (['good.pth', 'link to pipe', '--force'], "'link to pipe' is a device or a pipe"),
+            (['good.pth', f'{"x" * 260}.pth'], 'cannot be written: File name too long'),
+            (['good.pth', 'new.pth', '--prefix', 'model.'], "prefix='model.' is for BatchNorm checkpoints"),
             (['good.pth', 'good.pth', 'new.pth'], 'good.pth has keys of the file before it'),
             (['good.pth', 'new.pth', '--from', 'bn'], 'by its keys .* is a switchnorm checkpoint, not a bn one'),
             (['good.pth', 'new.pth', '--from', 'gn'], "invalid choice: 'gn'"),
@@ -606,6 +690,9 @@ class TestRefused:
     def test_wrong_input(self, argv, message, good, command, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         (tmp_path / 'folder').mkdir()
+        os.mkfifo('pipe')
+        os.symlink('pipe', 'link to pipe')
+        os.symlink(os.devnull, 'device')  # as a node of its own, which only root can make
         for name in 'good', 'there':
             save(good, tmp_path / f'{name}.pth')
         save({f'Conv_Body.conv_body.{key}': value for key, value in good.items()}, tmp_path / 'detector.pth')
@@ -629,9 +716,39 @@ class TestRefused:
             (tmp_path / 'new.pth').write_text('precious')
         command = f'ulimit -f 100; "$0" "{TOOLS}/convert_checkpoint.py" good.pth new.pth --force'
         done = subprocess.run(['bash', '-c', command, sys.executable], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode != 0 and 'rror' in done.stderr
+        assert done.returncode == 1 and done.stderr == 'error: new.pth not written: File too large\n'
         assert sorted(p.name for p in tmp_path.iterdir()) == ['good.pth', *(['new.pth'] if there else [])]
         assert not there or (tmp_path / 'new.pth').read_text() == 'precious'
+
+    @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda n: n.name)
+    def test_a_stopped_write_leaves_nothing(self, number, tmp_path):
+        """While a large file is written, which is seen by its temporary name."""
+        save({'bn.running_mean': torch.ones(2), 'bn.weight': torch.ones(50, 2**18)}, tmp_path / 'good.pth')
+        (tmp_path / 'new.pth').write_text('precious')
+        command = [sys.executable, TOOLS / 'convert_checkpoint.py', 'good.pth', 'new.pth', '--force']
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        while not any(path.stat().st_size for path in tmp_path.glob('*.part')):
+            assert process.poll() is None
+        process.send_signal(number)
+        said = process.communicate()[0]
+        assert process.returncode in (128 + number, -number), said
+        assert sorted(p.name for p in tmp_path.iterdir()) == ['good.pth', 'new.pth']
+        assert (tmp_path / 'new.pth').read_text() == 'precious'
+
+    def test_equal_input_gives_equal_bytes(self, good, command, tmp_path, monkeypatch):
+        save(good, tmp_path / 'good.pth')
+        for name, pid in ('a.pth', 1), ('b.pth', 23456):
+            monkeypatch.setattr(os, 'getpid', lambda pid=pid: pid)
+            command(tmp_path / 'good.pth', tmp_path / name)
+        assert (tmp_path / 'a.pth').read_bytes() == (tmp_path / 'b.pth').read_bytes()
+
+    def test_a_link_is_followed_and_names_may_be_long(self, good, command, tmp_path):
+        save(good, tmp_path / 'good.pth')
+        target = tmp_path / f'{"ä" * 120}.pth'  # 244 bytes, of 255
+        target.write_text('not precious')
+        (tmp_path / 'link.pth').symlink_to(target)
+        command(tmp_path / 'good.pth', tmp_path / 'link.pth', '--force')
+        assert (tmp_path / 'link.pth').is_symlink() and torch.load(target)['meta']['converted_from'] == 'switchnorm'
 
     def test_force_replaces_and_verbose_lists(self, good, command, tmp_path, capsys):
         (tmp_path / 'new.pth').write_text('not precious')

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
-from collections.abc import Callable
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -47,6 +51,7 @@ def load_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Co
 
     The work folder is the first given of ``--work-dir``, the config's ``work_dir`` and work_dirs/CONFIG.
     """
+    read_checkpoints_as_data()  # of which the config may name some, for whatever builds something by it
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     check_file(parser, 'config', args.config)
     for key in args.cfg_options:
@@ -73,46 +78,110 @@ def check_file(parser: argparse.ArgumentParser, what: str, path: str) -> None:
 
 def check_paths(parser: argparse.ArgumentParser, sources: list[str], dst: str, force: bool) -> None:
     """End with an error where a checkpoint is not there, or a file is where one is to be written and would be lost."""
-    out = Path(dst)
     for src in sources:
         if '://' in src:
             parser.error(f'checkpoint {src!r} is an address; download it, and give the file')
         check_file(parser, 'checkpoint', src)
-        if out.exists() and out.samefile(src):
-            parser.error(f'{dst} is the checkpoint to read; give another name to write')
+    if any(Path(dst).samefile(src) for src in sources if os.path.exists(dst)):
+        parser.error(f'{dst} is the checkpoint to read; give another name to write')
+    check_out(parser, dst, force)
+
+
+def check_out(parser: argparse.ArgumentParser, dst: str, force: bool) -> None:
+    """End with an error where ``dst`` cannot be written, or is there and would be lost."""
+    out = Path(dst)
     if not out.parent.is_dir():
         parser.error(f'{str(out.parent)!r}, the folder to write {out.name!r} into, does not exist')
-    if out.is_dir():
-        parser.error(f'{dst!r} is a folder; give a file')
-    if out.exists() and not force:
-        parser.error(f'{dst!r} exists; --force replaces it')
-
-
-def save(content: object, path: str) -> None:
-    """Write a checkpoint under a temporary name beside ``path`` and rename it, so that ``path`` is never half one."""
-    part = Path(f'{path}.{os.getpid()}.part')
     try:
-        torch.save(content, part)
-        part.replace(path)
+        if out.is_dir():
+            parser.error(f'{dst!r} is a folder; give a file')
+        if out.exists() and not out.is_file():
+            parser.error(f'{dst!r} is a device or a pipe, which a file would replace; give the name of a file')
+        if out.exists() and not force:
+            parser.error(f'{dst!r} exists; --force replaces it')
+        part_of(out).touch()
+        part_of(out).unlink()
+    except OSError as error:
+        parser.error(f'{dst!r} cannot be written: {error.strerror}')
+
+
+def part_of(path: Path, suffix: str = '') -> Path:
+    """The temporary name beside ``path``, or what it links to, of this process."""
+    path = path.resolve()
+    return path.with_name(f'{path.name[:50]}.{os.getpid()}.part{suffix}')  # in 255 bytes, of whatever alphabet
+
+
+@contextlib.contextmanager
+def writing(path: Path, suffix: str = '') -> Iterator[Path]:
+    """Give a temporary name to write to, and rename the file at the end, so that ``path`` is never half a file.
+
+    A link is followed, and stays. Whatever ends the work, nothing is left behind; a full disk, or the like, ends the
+    program with a line.
+    """
+    part = part_of(path, suffix)
+    try:
+        with stopping():
+            yield part
+            part.replace(path.resolve())
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch tells of the consequence only
+        if isinstance(cause, (SystemExit, KeyboardInterrupt)):
+            raise cause from None
+        if isinstance(cause, OSError):
+            raise SystemExit(f'error: {path} not written: {cause.strerror or cause}') from error
+        if 'inline_container' in str(error):
+            raise SystemExit(f'error: {path} not written, is the disk full? ({error})') from error
+        raise
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[None]:
+    """Within it SIGTERM and SIGHUP, where they would end the program as it stands, raise SystemExit."""
+    signals = [getattr(signal, name) for name in ('SIGTERM', 'SIGHUP') if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():  # no other may set handlers
+        signals = []
+    signals = [number for number in signals if signal.getsignal(number) == signal.SIG_DFL]  # nohup ignores SIGHUP
+    for number in signals:
+        signal.signal(number, lambda n, _: sys.exit(128 + n))
+    try:
+        yield
+    finally:
+        for number in signals:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def save(content: object, path: str | Path) -> None:
+    """Write a checkpoint, or bytes."""
+    with writing(Path(path)) as part, part.open('wb') as file:
+        if isinstance(content, bytes):
+            file.write(content)
+        else:
+            torch.save(content, file)  # not by name, which would stand in the archive: equal files then differ
 
 
 def run(cfg: Config, work: Callable[[Runner], object]) -> None:
     """Build the runner that the config describes and do ``work`` with it."""
-    read_checkpoints_as_data()
     if cfg.launcher == 'pytorch' and get_device() == 'cpu':
         join_cpu_group(cfg)
-    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    with refusing_code():
+        work(RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg))
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # the group's threads may abort a process that ends before it
+
+
+@contextlib.contextmanager
+def refusing_code() -> Iterator[None]:
+    """Within it a checkpoint that holds code ends the program with a line that says so."""
     try:
-        work(runner)
+        yield
     except UnpicklingError as error:
         raise SystemExit(
             f'A checkpoint holds more than data, and reading it could run foreign code:\n{error}\n'
             f'If you trust where it comes from, set the environment variable {TRUST}=1.'
         ) from error
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # the group's threads may abort a process that ends before it
 
 
 def join_cpu_group(cfg: Config) -> None:

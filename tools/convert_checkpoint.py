@@ -11,8 +11,8 @@ import argparse
 from common import check_paths, save
 
 from sn_openmmlab import __version__
-from sn_openmmlab.checkpoint import RULES, TARGETS, convert
-from sn_openmmlab.safe_load import read_state_dict
+from sn_openmmlab.checkpoint import RULES, TARGETS, convert, description
+from sn_openmmlab.safe_load import read_checkpoint, state_dict_in
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -43,24 +43,32 @@ def main(argv: list[str] | None = None) -> None:
         help='for BatchNorm checkpoints: importance ratios to store, and weights corrected for them (default: none; '
         'layers start near BatchNorm as they load it)',
     )
+    parser.add_argument(
+        '--prefix',
+        help="for BatchNorm checkpoints: what to take away in front of the names, as encoder_q. or model.backbone.; '' "
+        'leaves them, whatever they are',
+    )
     parser.add_argument('--force', action='store_true', help='replace DST if it exists')
     parser.add_argument('--verbose', action='store_true', help='list all keys')
     args = parser.parse_args(argv)
     check_paths(parser, args.src, args.dst, args.force)
-    state_dict = {}
+    state_dict, meta = {}, {}
     for src in args.src:
         try:
-            content = read_state_dict(src)
+            content = read_checkpoint(src)
+            tensors = state_dict_in(content)
         except (OSError, ValueError) as error:
             parser.error(f'{src}: {error}')
-        if state_dict.keys() & content.keys():
-            parser.error(f'{src} has keys of the file before it, such as {min(state_dict.keys() & content.keys())}')
-        state_dict.update(content)
+        if state_dict.keys() & tensors.keys():
+            parser.error(f'{src} has keys of the file before it, such as {min(state_dict.keys() & tensors.keys())}')
+        state_dict.update(tensors)
+        meta.update(description(content))
     try:
-        result, report = convert(state_dict, args.source, args.target, args.init_ratios)
+        result, report = convert(state_dict, args.source, args.target, args.init_ratios, args.prefix)
     except ValueError as error:
         parser.error(f'{" ".join(args.src)}: {error}')
-    save(dict(state_dict=result, meta=dict(sn_openmmlab_version=__version__, converted_from=report.source)), args.dst)
+    meta.update(sn_openmmlab_version=__version__, converted_from=report.source)
+    save(dict(state_dict=result, meta=meta), args.dst)
     if args.verbose:
         for old, new in report.mapped.items():
             print(f'{old} -> {new}')

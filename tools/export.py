@@ -10,12 +10,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import logging
-import os
 import warnings
 from pathlib import Path
 
 import torch
-from common import check_paths, load_config
+from common import check_paths, load_config, refusing_code, writing
 from mmengine.config import DictAction
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
@@ -50,9 +49,13 @@ def main(argv: list[str] | None = None) -> None:
     cfg = load_config(parser, args)
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     try:
-        model = revert_sync_batchnorm(MODELS.build(cfg.model))
-        load(parser, model, args.checkpoint)
+        with refusing_code():  # of a teacher that the config names
+            model = revert_sync_batchnorm(MODELS.build(cfg.model))
     except ValueError as error:
+        parser.error(f'{args.config}: {error}')
+    try:
+        load(parser, model, args.checkpoint)
+    except (OSError, ValueError) as error:
         parser.error(f'{args.checkpoint}: {error}')
     net = Network(model, args.features).eval()
     x = torch.randn(2 if args.dynamic else 1, 3, *args.shape)  # exporters take a size of 1 for a constant
@@ -63,16 +66,12 @@ def main(argv: list[str] | None = None) -> None:
     layers = sum(isinstance(m, SwitchNorm) for m in net.modules())
     if args.fold:
         print(f'{fold_batch_norm(net, x)} of {layers} SN layers folded into convolutions')
-    part = args.out.with_name(f'{args.out.stem}.{os.getpid()}.part{args.out.suffix}')
-    try:
+    with writing(args.out, args.out.suffix) as part:
         with torch.no_grad(), quiet():
             export(args, net, x, part)
             differences = [compare(part, x, y) for x, y in expected]
         if not max(differences) <= TOLERANCE:  # not a number, too
             raise SystemExit(f'{args.out} not written: it differs from the model by {max(differences):.2g}')
-        part.replace(args.out)
-    finally:
-        part.unlink(missing_ok=True)
     sizes = ' and '.join('x'.join(map(str, x.shape)) for x, _ in expected)
     print(f'{args.out}: largest difference from the model {max(differences):.2g}, at {sizes}')
 
