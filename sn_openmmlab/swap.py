@@ -9,6 +9,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import traceback
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
@@ -336,6 +337,6 @@ def _class(kind, scope: str | None):
 
 
 def _said(error: BaseException) -> str:
-    """An error's kind and its first line, through the frames that mmengine wraps around it."""
-    text = str(error).strip()
+    """An error's kind and its first line, or the line of code that raised it where it says nothing, as assertions."""
+    text = str(error).strip() or traceback.extract_tb((error.__context__ or error).__traceback__)[-1].line
     return f'{type(error).__name__}: {text.splitlines()[0] if text else ""}'

@@ -213,6 +213,22 @@ class TestReading:
         assert [*run.course] == [0, 2, 4, 5] and [*run.layers] == NAMES
         np.testing.assert_array_equal(run.layers[NAMES[3]], run.course[5][NAMES[3]])
 
+    @pytest.mark.parametrize('cut', ['', '{"sn_parts/back'], ids=['empty', 'half a line'])
+    def test_a_newest_log_without_a_record_costs_nothing(self, trained, tmp_path, cut):
+        """As that of a training that was resumed, and stopped before its first record."""
+        shutil.copytree(trained[1], tmp_path / 'work')
+        newest = tmp_path / 'work/20991231_000000/vis_data'
+        newest.mkdir(parents=True)
+        (newest / 'importance_ratios.json').write_text(cut)
+        assert [*read_ratios(tmp_path / 'work').course] == [0, 2, 4, 5]
+
+    def test_an_empty_last_checkpoint(self, trained, tmp_path):
+        """As a full disk leaves it: the log is enough."""
+        shutil.copytree(trained[1], tmp_path / 'work')
+        (tmp_path / 'work/last_checkpoint').write_text('')
+        run = read_ratios(tmp_path / 'work')
+        np.testing.assert_array_equal(run.layers[NAMES[0]], run.course[5][NAMES[0]])
+
     def test_a_resumed_training(self, tmp_path):
         """What came after the checkpoint that it went on from no longer counts."""
         train(tmp_path, SNRatioHook(interval=1, by_epoch=False), 3)
@@ -329,6 +345,45 @@ class TestTool:
         assert re.search(r'mask head \(1\) ', out) and 'backbone' not in out
         assert {row['run'] for row in csv.DictReader(Path('ratios/ratios.csv').open())} == {'late', 'early'}
 
+    def test_names_are_data(self, tool):
+        """Neither formulas (of mathtext or spreadsheets), nor markup (of rich or HTML), nor bytes that are no text."""
+        names = [
+            'a$\\frac$b',
+            'c$x$',
+            '[/red]',
+            '[bold]d',
+            '=HYPERLINK("x")',
+            '+1',
+            '-1',
+            '@SUM(1)',
+            '<b>&</b>',
+            '../e',
+        ]
+        labels = ['=cmd|A0 $\\frac$', '[/b]\udcff\x1b[2J\n"']
+        state = {f'{name}.{kind}_weight': torch.ones(3) for name in names for kind in ('mean', 'var')}
+        for name in 'one.pth', 'two.pth':
+            torch.save(state, name)
+        out = tool('one.pth', 'two.pth', '--labels', *labels, '--format', 'png', 'svg', 'html', 'csv')
+        assert '\x1b' not in out and all(name in out for name in names)
+        assert '[/b]\\udcff\\x1b[2J\\n"' in out
+        rows = [*csv.DictReader(Path('ratios/ratios.csv').open(newline=''))]
+        assert len(rows) == 2 * len(names)
+        assert not any(row[key].startswith(('=', '+', '-', '@')) for row in rows for key in ('run', 'part', 'layer'))
+        assert {row['layer'].lstrip("'") for row in rows} == set(names)
+        figure = Path('ratios/layers.svg').read_text()
+        assert all(f'<!-- {name} -->' in figure for name in ('c$x$', '[/red]', 'a$\\frac$b'))
+        assert '<b>&' not in Path('ratios/ratios.html').read_text()
+
+    def test_a_path_that_is_no_text(self, tool):
+        os.rename(b'start.pth', b'st\xffrt.pth')
+        out = tool('st\udcffrt.pth', '--format', 'csv')
+        assert 'st\\udcffrt' in out and 'st\\udcffrt' in Path('ratios/ratios.csv').read_text()
+
+    def test_figures_are_drawn_where_they_are_asked_for(self, tool, monkeypatch):
+        monkeypatch.setattr(draw, 'figures', None)
+        tool('start.pth', '--format', 'html', 'csv')
+        assert sorted(path.name for path in Path('ratios').iterdir()) == ['ratios.csv', 'ratios.html']
+
     def test_existing_files_are_kept(self, tool, capsys):
         Path('ratios').mkdir()
         mine = Path('ratios/ratios.csv')
@@ -362,6 +417,17 @@ class TestTool:
             (['trained', '--labels', 'a', 'b'], '--labels: 2 for 1 sources'),
             (['trained', '--format', 'gif'], "invalid choice: 'gif'"),
             (['trained', '--out', 'bn.pth', '--format', 'csv'], r'--out bn\.pth is no folder'),
+            (['trained', '--out', 'bn.pth/deep', '--format', 'csv'], r'--out bn\.pth/deep cannot be made: Not a dir'),
+            (
+                ['trained', '--out', 'devices', '--format', 'csv', '--force'],
+                r"'devices/ratios\.csv' is a device or a pipe",
+            ),
+            (['trained', '--out', 'a\nb', '--format', 'csv'], r"--out 'a\\nb' cannot be printed"),
+            (['escape.pth'], r"escape\.pth: it has the name 'a\\x1b\[2J\.mean_weight', which cannot be printed"),
+            (['escape.json'], r"escape\.json: it has the name 'a\\x1b\[2J', which cannot be printed"),
+            (['radius.pth'], r'radius\.pth: 0: its radius must be one finite number, got tensor'),
+            (['infinite.pth'], r'infinite\.pth: 0: its radius must be one finite number, got nan'),
+            (['meta.pth'], r'meta\.pth: 0: its logits are no tensors that hold their values one by one'),
         ],
     )
     def test_wrong_input_ends_before_any_work(self, tool, capsys, argv, message):
@@ -371,6 +437,14 @@ class TestTool:
         torch.save(nn.Sequential(two).state_dict(), 'two.pth')
         torch.save(nn.Sequential(nan).state_dict(), 'nan.pth')
         torch.save({'0.mean_weight': torch.ones(3)}, 'half.pth')
+        logits = {f'0.{kind}_weight': torch.ones(3) for kind in ('mean', 'var')}
+        torch.save({**logits, '0.radius': torch.ones(2)}, 'radius.pth')
+        torch.save({**logits, '0.radius': torch.tensor(torch.nan)}, 'infinite.pth')
+        torch.save({key: value.to('meta') for key, value in logits.items()}, 'meta.pth')
+        torch.save({key.replace('0', 'a\x1b[2J'): value for key, value in logits.items()}, 'escape.pth')
+        Path('escape.json').write_text(json.dumps(dict(importance_ratios={'a\x1b[2J': [[1, 0, 0], [1, 0, 0]]})))
+        Path('devices').mkdir()
+        os.mkfifo('devices/ratios.csv')
         Path('noise.pth').write_bytes(b'noise')
         Path('bn.json').write_text('{"importance_ratios": {}}')
         Path('other.json').write_text('[1, 2]')

@@ -80,7 +80,7 @@ def test_keys_that_must_go(tool):
 def test_options(tool):
     tool.main([MASK, '--to', 'SyncSN', '--parts', 'head', 'neck', '--init-ratios', '0', '0', '1', '--out', 'own.py'])
     text = Path('own.py').read_text()
-    assert "neck_head_norm_cfg = dict(type='SyncSN'" in text
+    assert "neck_heads_norm_cfg = dict(type='SyncSN'" in text
     cfg = Config.fromfile('own.py')
     assert cfg.model.backbone.norm_cfg.type == 'GN' and cfg.norm_cfg.type == 'GN'
     assert cfg.model.neck.norm_cfg == dict(type='SyncSN', requires_grad=True, init_ratios=(0.0, 0.0, 1.0))
@@ -124,6 +124,41 @@ def test_an_existing_file_stays(tool, capsys):
     assert Path('own.py').read_text() == 'mine' and 'own.py exists' in capsys.readouterr().err
 
 
+def test_names_and_numbers_are_data(tool, capsys):
+    """Brackets, quotes and dollars in a path; NaN, which is not equal to itself; a comment that speaks of read_base."""
+    folder = Path("c[/b] 'd' $x$ [red]")
+    folder.mkdir()
+    text = f'# we do not use read_base\n_base_ = {FCOS!r}\n'
+    text += 'model = dict(test_cfg=dict(score_thr=float("nan"), min_bbox_size=float("-inf")))\n'
+    (folder / 'user.py').write_text(text)
+    out = folder / 'own.py'
+    tool.main([str(folder / 'user.py'), '--out', str(out)])
+    said = ' '.join(capsys.readouterr().out.split())
+    assert "c[/b] 'd' $x$ [red]/user.py: 61 norm layers change" in said and str(out) in said
+    assert 'test_cfg' not in out.read_text()  # it is as it was
+    cfg = Config.fromfile(out)
+    assert cfg.model.backbone.norm_cfg.type == 'SN' and cfg.model.test_cfg.score_thr != cfg.model.test_cfg.score_thr
+
+
+def test_mmdets_flops_of_swapped_heads(tool):
+    """Which takes whatever has a head_norm_cfg for a Mask R-CNN of its own."""
+    tool.main([FCOS, '--parts', 'head', '--out', 'own.py'])
+    assert 'heads_norm_cfg = dict(type' in Path('own.py').read_text()
+    flops = Path(get_installed_path('mmdet'), '.mim/tools/analysis_tools/get_flops.py')
+    out = call(Path.cwd(), sys.executable, flops, 'own.py', fails=True)
+    assert "KeyError: 'roi_head'" not in out and 'FileNotFoundError' in out  # it wants COCO, and got that far
+
+
+def test_a_reason_that_says_nothing_is_told_by_its_line(tool, capsys):
+    """GroupNorm without num_groups: mmcv asserts, without a word."""
+    Path('user.py').write_text(
+        f'_base_ = {FCOS!r}\nmodel = dict(bbox_head=dict(norm_cfg=dict(_delete_=True, type="GN")))'
+    )
+    with pytest.raises(SystemExit):
+        tool.main(['user.py'])
+    assert re.search(r'cannot be built as it is: AssertionError: assert .num_groups. in', capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     'argv, message',
     [
@@ -137,6 +172,13 @@ def test_an_existing_file_stays(tool, capsys):
         ([FCOS, '--out', 'none/own.py'], 'no folder none'),
         (['mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py'], 'no norm layer changes'),
         (['lazy.py'], 'new-style config'),
+        (['classes.py'], 'new-style config'),
+        (['circle.py'], 'circle.py cannot be read: its _base_ leads back to itself'),
+        (['ends.py'], 'ends.py cannot be read: it ends Python'),
+        (['raises.py'], 'raises.py cannot be read: ZeroDivisionError'),
+        (['new\nline.py'], r"'new\\nline\.py' cannot be written into a config"),
+        ([FCOS, '--out', 'new\nline.py'], r"'new\\nline\.py' cannot be written into a config"),
+        ([FCOS, '--out', f'{"x" * 260}.py'], 'cannot be written: File name too long'),
         (['nothing.py'], 'has no model'),
     ],
 )
@@ -144,6 +186,11 @@ def test_wrong_input_ends_before_anything_is_written(tool, capsys, argv, message
     Path('nothing.py').write_text('a = 1')
     Path('base.py').write_text('a = 1')
     Path('lazy.py').write_text('from mmengine.config import read_base\nwith read_base():\n    from .base import *\n')
+    Path('classes.py').write_text('from torch import nn\nmodel = dict(type=nn.BatchNorm2d, num_features=4)\n')
+    Path('circle.py').write_text("_base_ = 'circle.py'")
+    Path('ends.py').write_text('import sys\nsys.exit(0)')
+    Path('raises.py').write_text('1 / 0')
+    Path('new\nline.py').write_text('a = 1')
     before = sorted(Path.cwd().rglob('*'))
     with pytest.raises(SystemExit) as ended:
         tool.main(argv)

@@ -8,10 +8,15 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import pytest
 import torch
+from mmengine.config import Config
+from torch import nn
+
+from sn_openmmlab import SwitchNorm
 
 TOOLS = Path(__file__).parents[1] / 'tools'
 
@@ -203,6 +208,14 @@ def test_a_norm_cfg_that_does_not_reach_the_model_is_told(place):
     ) in out
 
 
+def test_norms_that_cannot_be_sn_are_no_cause_for_a_warning(tool):
+    """LayerNorm of transformers, to which no norm_cfg=dict(type='SN') fits; BatchNorm and GroupNorm are one."""
+    train = tool('train')
+    model = nn.ModuleDict(dict(backbone=nn.LayerNorm(4), neck=nn.GroupNorm(2, 4), head=SwitchNorm(4)))
+    runner = SimpleNamespace(model=model, cfg=Config(dict(model=dict(backbone={}, neck={}, head={}))))
+    assert train.other_norms(runner) == {'neck': {'GroupNorm': 1}}
+
+
 def test_two_processes(place):
     """dist_train.sh and dist_test.sh on the CPU: two processes with an image each do what one does with both."""
     synchronised = [f'model.{part}.norm_cfg.type=SyncSN' for part in ('backbone', 'neck', 'bbox_head')]
@@ -252,6 +265,7 @@ def tool(monkeypatch):
     [
         ('train', ['none.py'], r"config 'none\.py' is no file"),
         ('train', ['det.py', '--resume', 'none.pth'], r"checkpoint 'none\.pth' is no file"),
+        ('train', ['det.py', '--resume', '--work-dir', 'full'], r"that full/last_checkpoint names, '' is no file"),
         ('train', ['det.py', '--auto-scale-lr'], r'--auto-scale-lr: det\.py .*base_batch_size'),
         ('train', ['det.py', '--amp'], '--amp needs a GPU'),
         ('train', ['det.py', '--cfg-options', 'norm_cfg.type=BN'], r'norm_cfg\.type.*model\.backbone\.norm_cfg'),
@@ -275,6 +289,8 @@ def test_wrong_input_ends_before_any_work(place, tool, monkeypatch, capsys, name
     monkeypatch.chdir(place)
     if '--amp' in argv and torch.cuda.is_available():
         pytest.skip('has a GPU')
+    Path('full').mkdir(exist_ok=True)
+    Path('full/last_checkpoint').write_text('')  # as a full disk leaves it
     before = sorted(place.rglob('*'))
     with pytest.raises(SystemExit) as ended:
         tool(name).main(argv)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import os
 import re
 import sys
 from pathlib import Path
 
 import numpy as np
+from common import check_out, save
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -50,9 +50,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     runs = read(parser, args)
     files = render(runs, args.format)
-    check_out(parser, args, files)
+    check_folder(parser, args, files)
     show(runs)
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f'--out {args.out} cannot be made: {error.strerror}')
     for name, content in files.items():
         save(content, args.out / name)
     print(f'\nwritten to {args.out}: {", ".join(files)}')
@@ -80,20 +83,25 @@ def read(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Run]
     return runs
 
 
-def check_out(parser: argparse.ArgumentParser, args: argparse.Namespace, files: dict[str, bytes]) -> None:
-    """End with an error where a file would be lost."""
+def check_folder(parser: argparse.ArgumentParser, args: argparse.Namespace, files: dict[str, bytes]) -> None:
+    """End with an error where a file would be lost, or cannot be written."""
+    if not str(args.out).isprintable():
+        parser.error(f'--out {ascii(str(args.out))} cannot be printed; give another name')
     if args.out.exists() and not args.out.is_dir():
         parser.error(f'--out {args.out} is no folder')
     there = [name for name in files if (args.out / name).exists()]
     if there and not args.force:
         parser.error(f'{args.out} has {", ".join(there)} already; --force replaces them, --out names another folder')
+    for name in files if args.out.exists() else ():
+        check_out(parser, str(args.out / name), args.force)
 
 
 def render(runs: list[Run], formats: list[str]) -> dict[str, bytes]:
     """The content of all files by name."""
     files = {}
-    for name, figure in draw.figures(runs).items():
-        for kind in [kind for kind in FIGURES if kind in formats]:
+    kinds = [kind for kind in FIGURES if kind in formats]
+    for name, figure in draw.figures(runs).items() if kinds else ():
+        for kind in kinds:
             buffer = io.BytesIO()
             figure.savefig(buffer, format=kind, dpi=120)
             files[f'{name}.{kind}'] = buffer.getvalue()
@@ -105,9 +113,16 @@ def render(runs: list[Run], formats: list[str]) -> dict[str, bytes]:
         rows.writerow(['run', 'part', 'layer', *COLUMNS])
         for run in runs:
             for part, layers in run.parts.items():
-                rows.writerows([run.label, part, layer, *numbers(run.layers[layer], 6)] for layer in layers)
+                rows.writerows(
+                    [*map(cell, (run.label, part, layer)), *numbers(run.layers[layer], 6)] for layer in layers
+                )
         files['ratios.csv'] = text.getvalue().encode()
     return files
+
+
+def cell(name: str) -> str:
+    """A name as a spreadsheet shows it, which takes what begins with one of these for a formula."""
+    return f"'{name}" if name.startswith(('=', '+', '-', '@')) else name
 
 
 def numbers(ratios: np.ndarray, digits: int) -> list[str]:
@@ -125,21 +140,11 @@ def show(runs: list[Run]) -> None:
             table.add_column(column.replace('_', ' ').upper(), justify='right')
         for part, layers in run.parts.items():
             mean = numbers(mean_ratios(run.layers[layer] for layer in layers), 3)
-            table.add_row(f'{part} ({len(layers)})', *mean, style='bold')
+            table.add_row(escape(f'{part} ({len(layers)})'), *mean, style='bold')
             for layer in layers:
-                table.add_row(f'  {layer}', *numbers(run.layers[layer], 3))
+                table.add_row(escape(f'  {layer}'), *numbers(run.layers[layer], 3))
             table.add_section()
         console.print(table)
-
-
-def save(content: bytes, path: Path) -> None:
-    """Write under a temporary name and rename, so that ``path`` is never half a file."""
-    part = path.with_name(f'{path.name}.{os.getpid()}.part')
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 if __name__ == '__main__':

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import tempfile
@@ -10,16 +11,17 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+from common import part_of
 from mmengine.config import Config
 from mmengine.hub import get_config
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 from yapf.yapflib.yapf_api import FormatCode
 
-from sn_openmmlab import SwitchNorm
+from sn_openmmlab import SwitchNorm, skeleton
 from sn_openmmlab.bases import NEED_HELP
-from sn_openmmlab.skeleton import part_of
 from sn_openmmlab.swap import PARTS, STATISTICS, TARGETS, Swap, plan_swap
 
 
@@ -32,12 +34,12 @@ def main(argv: list[str] | None = None) -> None:
     args, parser = parse(argv)
     try:
         cfg = get_config(args.config) if '::' in args.config else Config.fromfile(args.config)
-    except Exception as error:
-        parser.error(f'{args.config} cannot be read: {type(error).__name__}: {error}')
-    if 'read_base' in cfg.text:
+    except (Exception, SystemExit) as error:
+        parser.error(f'{args.config} cannot be read: {why(error)}')
+    if Config._is_lazy_import(cfg.filename):
         parser.error(
-            f'{args.config} is a new-style config (read_base), from which a file with _base_ cannot inherit; in Python '
-            'sn_openmmlab.swap_norm(Config.fromfile(...)) swaps it'
+            f'{args.config} is a new-style config (read_base, or an import), from which a file with _base_ cannot '
+            'inherit; in Python sn_openmmlab.swap_norm(Config.fromfile(...)) swaps it'
         )
     try:
         with warnings.catch_warnings():
@@ -56,11 +58,11 @@ def main(argv: list[str] | None = None) -> None:
             draft.write_text(write(cfg, swap, args, draft.parent), encoding='utf-8')
             check(cfg, swap, draft)
             if args.dry_run:
-                console.print(f'\n[dim]# {args.out}, not written (--dry-run)')
+                console.print(f'\n[dim]# {escape(str(args.out))}, not written (--dry-run)')
                 console.print(Text(write(cfg, swap, args, args.out.parent)))
             else:
                 os.replace(draft, args.out)
-                console.print(f'\nwritten and read again: {args.out}')
+                console.print(f'\nwritten and read again: {escape(str(args.out))}')
         finally:
             draft.unlink(missing_ok=True)
 
@@ -94,11 +96,32 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Argument
     args.out = args.out or Path(f'{Path(args.config).stem}_{args.to.lower()}-{name_of(args.parts)}.py')
     if args.out.suffix != '.py':
         parser.error(f'--out {args.out}: the name must end in .py')
+    for path in args.config, str(args.out):  # which stand in the new file
+        if not path.isprintable():
+            parser.error(f'{ascii(path)} cannot be written into a config; rename it')
     if not args.out.parent.is_dir():
         parser.error(f'--out {args.out}: there is no folder {args.out.parent}')
     if args.out.exists():
         parser.error(f'{args.out} exists; name another file with --out, or remove it first')
+    if not args.dry_run:
+        try:
+            part_of(args.out).touch()
+            part_of(args.out).unlink()
+        except OSError as error:
+            parser.error(f'--out {args.out} cannot be written: {error.strerror}')
     return args, parser
+
+
+def why(error: BaseException) -> str:
+    """What kept a config from being read; mmengine may say nothing, and leave it to the error before."""
+    if isinstance(error, RecursionError):
+        return 'its _base_ leads back to itself'
+    if isinstance(error, SystemExit):
+        return 'it ends Python (SystemExit)'
+    said = error
+    while not str(said) and (said.__cause__ or said.__context__):
+        said = said.__cause__ or said.__context__
+    return f'{type(said).__name__}: {said}'
 
 
 def name_of(parts: tuple[str, ...]) -> str:
@@ -111,7 +134,9 @@ def write(cfg: Config, swap: Swap, args: argparse.Namespace, folder: Path) -> st
     old, new = plain(cfg), plain(swap.config)
     norms = [norm for _, _, norm in flat(old['model'], new['model']) if isinstance(norm, dict)]
     main_norm = max(norms, key=norms.count)
-    variable = 'norm_cfg' if args.parts == PARTS else f'{name_of(args.parts).replace("-", "_")}_norm_cfg'
+    # heads: mmdet's get_flops.py takes what has a head_norm_cfg for one certain model
+    name = name_of(args.parts).replace('-', '_').replace('head', 'heads')
+    variable = 'norm_cfg' if args.parts == PARTS else f'{name}_norm_cfg'
     said = {key: difference(old.get(key), value, main_norm, variable) for key, value in new.items()}
     said = {key: said[key] for key in new if new[key] != old.get(key)}
     head = [
@@ -178,14 +203,18 @@ def code(value) -> str:
         return f'[{", ".join(map(code, value))}]'
     if isinstance(value, tuple):
         return f'({", ".join(map(code, value))}{"," * (len(value) == 1)})'
-    return f"float('{value}')" if value in (float('inf'), -float('inf')) else repr(value)
+    return f"float('{value}')" if isinstance(value, float) and not math.isfinite(value) else repr(value)
 
 
 def plain(value):
-    """``value`` in dicts of Python, without the scopes that mmengine enters while reading."""
+    """``value`` in dicts of Python, without the scopes that mmengine enters while reading, to be compared."""
     if isinstance(value, (dict, Config)):
         return {key: plain(value[key]) for key in value if key != '_scope_'}
-    return type(value)(map(plain, value)) if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(plain, value))
+    return (
+        Code("float('nan')") if isinstance(value, float) and math.isnan(value) else value
+    )  # which is equal to itself, as NaN is not
 
 
 def check(cfg: Config, swap: Swap, path: Path) -> None:
@@ -199,9 +228,9 @@ def check(cfg: Config, swap: Swap, path: Path) -> None:
 
 def show(console: Console, name: str, cfg: Config, swap: Swap) -> None:
     """What changes and what does not, by part."""
-    console.print(f'[bold]{name}[/]: {len(swap.changed)} norm layers change')
+    console.print(f'[bold]{escape(name)}[/]: {len(swap.changed)} norm layers change')
     for part in PARTS:
-        changes = [c for c in flat(plain(cfg.model), plain(swap.config.model)) if part_of(c[0]) == part]
+        changes = [c for c in flat(plain(cfg.model), plain(swap.config.model)) if skeleton.part_of(c[0]) == part]
         norms = [norm for norm in swap.changed if norm.part == part]
         if not changes and not norms:
             continue
@@ -217,7 +246,7 @@ def show(console: Console, name: str, cfg: Config, swap: Swap) -> None:
             first = next(
                 norm.name for norm in swap.left if (norm.part, norm.old.__name__, norm.owner) == (part, kind, owner)
             )
-            table.add_row(part, f'{n} {kind}', owner, first)
+            table.add_row(part, f'{n} {kind}', owner, escape(first))
         console.print('', table)
     for place, reason in swap.refused.items():
         console.print(Text(f'{place} keeps its norm: {reason}', 'yellow'))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter, defaultdict
+from pathlib import Path
 
 from common import add_common_options, check_file, load_config, run
 from mmengine.config import Config
@@ -13,7 +14,8 @@ from mmengine.registry import MODELS
 from mmengine.runner import Runner
 
 from sn_openmmlab import SwitchNorm
-from sn_openmmlab.skeleton import is_norm, own_modules, unwrapped
+from sn_openmmlab.convert import is_switchable
+from sn_openmmlab.skeleton import own_modules, unwrapped
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -50,6 +52,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.resume:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
+        last = Path(cfg.work_dir, 'last_checkpoint')
+        if args.resume == 'auto' and last.is_file():
+            check_file(parser, f'the checkpoint that {last} names,', last.read_text(encoding='utf-8').strip())
     run(cfg, train)
 
 
@@ -85,11 +90,11 @@ def is_sn(norm_cfg: object) -> bool:
 
 
 def other_norms(runner: Runner) -> dict[str, Counter]:
-    """By the parts of the model, under their names in the config: how many norm layers of which kind, SN left out."""
+    """By the parts of the model, under their names in the config: how many norm layers of which kind could be SN."""
     others = defaultdict(Counter)
     for name, m in own_modules(unwrapped(runner.model)):
         kind = type(m).__name__
-        if isinstance(m, SwitchNorm) or not is_norm(m):
+        if not is_switchable(type(m)):  # SN is not, nor LayerNorm, to which no norm_cfg=dict(type='SN') fits
             continue
         part, config = [], runner.cfg.model
         for key in name.split('.'):

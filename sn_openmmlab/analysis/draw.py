@@ -46,7 +46,7 @@ def layers(runs: list[Run]) -> Figure:
         for kind, ax in enumerate(axes[2 * i : 2 * i + 2]):
             _bars(ax, places, [ratios[kind] for ratios in run.layers.values()])
             ax.set_title(_title(runs, run, TITLES[kind]), fontsize=8)
-    axes[0].set_yticks(range(len(rows)), rows, fontsize=6)
+    axes[0].set_yticks(range(len(rows)), map(_text, rows), fontsize=6)
     for row, label in zip(rows, axes[0].get_yticklabels()):
         if row in names:
             label.set(fontsize=7.5, fontweight='bold')
@@ -68,7 +68,7 @@ def parts(runs: list[Run]) -> Figure:
         _bars(ax, places, values, numbers=True)
         ax.set_title(TITLES[kind], fontsize=9)
     names = [part if len(runs) == 1 else f'{part}, {run.label}' for part, run in rows]
-    axes[0].set_yticks(places, names, fontsize=8)
+    axes[0].set_yticks(places, map(_text, names), fontsize=8)
     axes[0].set_ylim(places[-1] + 0.6, -0.6)
     _legend(figure)
     return figure
@@ -92,7 +92,7 @@ def radar(runs: list[Run]) -> Figure:
                 ax.fill(angles, np.nan_to_num(values), color=color, alpha=0.08)
             ax.set_rlim(0, top)
             ax.set_rgrids(np.arange(0.2, top + 0.01, 0.2), angle=180 / len(means), fontsize=7, color='0.4')
-            _, labels = ax.set_thetagrids(np.degrees(angles), [*run.parts], fontsize=8)
+            _, labels = ax.set_thetagrids(np.degrees(angles), [*map(_text, run.parts)], fontsize=8)
             for angle, label in zip(angles, labels):
                 label.set_horizontalalignment(('center', 'left', 'right')[int(np.sign(np.sin(angle).round(9)))])
             ax.set_title(_title(runs, run, TITLES[kind]), fontsize=9)
@@ -141,7 +141,12 @@ def _all_parts(runs: list[Run]) -> list[str]:
 
 
 def _title(runs: list[Run], run: Run, text: str) -> str:
-    return f'{run.label}\n{text}' if len(runs) > 1 else text
+    return _text(f'{run.label}\n{text}' if len(runs) > 1 else text)
+
+
+def _text(name: str) -> str:
+    """A name as matplotlib writes it, which takes what stands between two dollar signs for a formula."""
+    return name.replace('$', r'\$')
 
 
 def _bars(ax, places, ratios, numbers: bool = False) -> None:

@@ -72,10 +72,19 @@ def read_ratios(path: str | Path, label: str | None = None) -> Run:
     path = Path(path)
     name = path.resolve()
     if path.is_dir():
-        return Run(label or name.name, *_read_work_dir(path))
+        return _run(label or name.name, *_read_work_dir(path))
     if path.suffix == '.json':
-        return Run(label or name.stem, _read_result(path))
-    return Run(label or f'{name.parent.name}/{name.stem}', _read_checkpoint(path, {}))
+        return _run(label or name.stem, _read_result(path))
+    return _run(label or f'{name.parent.name}/{name.stem}', _read_checkpoint(path, {}))
+
+
+def _run(label: str, layers: dict[str, np.ndarray], course=None) -> Run:
+    """A run whose names can be printed, whatever the bytes of a path are, or of a file that is none of ours."""
+    for layer in layers:
+        if not layer.isprintable():
+            raise ValueError(f'it has the name {layer!r}, which cannot be printed')
+    label = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in label)
+    return Run(label, layers, course or {})
 
 
 def mean_ratios(ratios) -> np.ndarray:
@@ -106,8 +115,12 @@ def _ratios(
     if any(values is None or values.dim() != 1 or len(values) != len(logits[0]) for values in logits):
         shapes = ' and '.join('none' if values is None else str(tuple(values.shape)) for values in logits)
         raise ValueError(f'{layer}: mean_weight and var_weight must be two vectors of one length, got {shapes}')
+    if not all(map(_is_plain, logits)):
+        raise ValueError(f'{layer}: its logits are no tensors that hold their values one by one')
     if not all(values.isfinite().all() for values in logits):
         raise ValueError(f'{layer}: its logits are no finite numbers, the training has diverged')
+    if radius is not None and not (_is_plain(radius) and radius.numel() == 1 and radius.isfinite()):
+        raise ValueError(f'{layer}: its radius must be one finite number, got {radius}')
     count, logits = len(logits[0]), torch.stack(logits).float()
     ratios = (logits.softmax(1) if radius is None else sparsestmax(logits, radius)).tolist()
     if known is not None and (~np.isnan(known[0])).sum() == count:
@@ -118,6 +131,10 @@ def _ratios(
             'normalizers, but a log of SNRatioHook does: give a work directory that has one'
         )
     return _filled(ratios)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
 
 
 def _filled(ratios: list[list[float]], places=None) -> np.ndarray:
@@ -143,12 +160,13 @@ def _read_work_dir(folder: Path) -> tuple[dict[str, np.ndarray], dict[int, dict[
     for log in sorted(folder.glob(f'*/vis_data/{FILE}')):  # folders are named by date and time
         records = _read_log(log)
         # a resumed training goes on from its checkpoint, whatever came after that before
-        before = {step: ratios for step, ratios in course.items() if step < min(records, default=0)}
-        course = {**before, **records}
+        start = min(records, default=float('inf'))  # of a log without a whole record yet: none goes
+        course = {step: ratios for step, ratios in course.items() if step < start}
+        course.update(records)
     newest = course[max(course)] if course else {}
     last = folder / 'last_checkpoint'
-    if last.is_file():
-        checkpoint = Path(last.read_text(encoding='utf-8').strip())
+    checkpoint = Path(last.read_text(encoding='utf-8').strip() if last.is_file() else '')
+    if checkpoint.name:  # it is empty where a disk was full
         beside = folder / checkpoint.name  # where the whole directory was moved
         return _read_checkpoint(beside if beside.is_file() else checkpoint, newest), course
     if not newest:
