@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-from common import part_of
+from common import part_of, stopping
 from mmengine.config import Config
 from mmengine.hub import get_config
 from rich.console import Console
@@ -51,9 +51,9 @@ def main(argv: list[str] | None = None) -> None:
     show(console, args.config, cfg, swap)
     if not swap.changed:
         parser.error(f'{args.config}: nothing to write, no norm layer changes')
-    with tempfile.TemporaryDirectory(dir=None if args.dry_run else args.out.parent) as folder:
+    with stopping(), tempfile.TemporaryDirectory(dir=None if args.dry_run else args.out.parent) as folder:
         # as deep as the file to come, so that a relative base is right in both
-        draft = Path(folder if args.dry_run else args.out.parent, f'.{args.out.stem}.{Path(folder).name}.py')
+        draft = Path(folder if args.dry_run else args.out.parent, f'.{args.out.stem[:50]}.{Path(folder).name}.py')
         try:
             draft.write_text(write(cfg, swap, args, draft.parent), encoding='utf-8')
             check(cfg, swap, draft)
