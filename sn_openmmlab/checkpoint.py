@@ -97,8 +97,11 @@ def convert(
     source = _checked_source(state_dict, source)
     if prefix is not None and source != 'bn':
         raise ValueError(f'prefix={prefix!r} is for BatchNorm checkpoints; the names of this {source} one are known')
-    outside = {key: f'not under {prefix}' for key in state_dict if not key.startswith(prefix or '')}
-    state_dict = {key[len(prefix or '') :]: value for key, value in state_dict.items() if key not in outside}
+    front = names.unwrapped(f'{prefix.rstrip(".")}.') if prefix else ''
+    outside = {key: f'not under {front}' for key in state_dict if not key.startswith(front)}
+    if len(outside) == len(state_dict):
+        raise ValueError(f'none of its names begins with prefix={prefix!r}; they are {_few(state_dict)}')
+    state_dict = {key[len(front) :]: value for key, value in state_dict.items() if key not in outside}
     modules: names.Modules = {}
     for key, value in state_dict.items():
         module, _, name = key.rpartition('.')
@@ -115,7 +118,7 @@ def convert(
     result, report = {}, Report(source, skipped=outside)
     rules = RULES[source](modules, target)
     for module, tensors in modules.items():
-        keys = {name: (prefix or '') + f'{module}.{name}'.lstrip('.') for name in tensors}
+        keys = {name: front + f'{module}.{name}'.lstrip('.') for name in tensors}
         new = names.rename(module, rules)
         if new is None:
             raise ValueError(f'{target} has no part that is known to compute what {_few(keys.values())} do')

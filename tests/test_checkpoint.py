@@ -492,6 +492,10 @@ class TestBatchNorm:
         command(path, tmp_path / 'new.pth', '--prefix', prefix)
         assert f'skipped queue: not under {prefix}' in capsys.readouterr().out
         assert torch.load(tmp_path / 'new.pth')['state_dict'].keys() >= convert(state)[0].keys()
+        for same in prefix[:-1], f'module.{prefix}':
+            assert convert(foreign, prefix=same)[0].keys() == convert(foreign, prefix=prefix)[0].keys()
+        with pytest.raises(ValueError, match="none of its names begins with prefix='other.'; they are "):
+            convert(foreign, prefix='other.')
         _, report = convert(foreign, prefix='')
         assert prefix + 'bn1.bn.running_mean' in report.mapped.values() and not report.skipped
         init_cfg = dict(type='Pretrained', checkpoint=str(path), prefix=f'module.{prefix}'[:-1])
