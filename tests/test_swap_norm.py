@@ -127,7 +127,7 @@ def test_an_existing_file_stays(tool, capsys):
 def test_names_and_numbers_are_data(tool, capsys):
     """Brackets, quotes and dollars in a path; NaN, which is not equal to itself; a comment that speaks of read_base."""
     folder = Path("c[/b] 'd' $x$ [red]")
-    folder.mkdir()
+    folder.mkdir(parents=True)
     text = f'# we do not use read_base\n_base_ = {FCOS!r}\n'
     text += 'model = dict(test_cfg=dict(score_thr=float("nan"), min_bbox_size=float("-inf")))\n'
     (folder / 'user.py').write_text(text)

@@ -101,14 +101,14 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Argument
             parser.error(f'{ascii(path)} cannot be written into a config; rename it')
     if not args.out.parent.is_dir():
         parser.error(f'--out {args.out}: there is no folder {args.out.parent}')
-    if args.out.exists():
-        parser.error(f'{args.out} exists; name another file with --out, or remove it first')
-    if not args.dry_run:
-        try:
+    try:
+        if args.out.exists():
+            parser.error(f'{args.out} exists; name another file with --out, or remove it first')
+        if not args.dry_run:
             part_of(args.out).touch()
             part_of(args.out).unlink()
-        except OSError as error:
-            parser.error(f'--out {args.out} cannot be written: {error.strerror}')
+    except OSError as error:
+        parser.error(f'--out {args.out} cannot be written: {error.strerror}')
     return args, parser
 
 
