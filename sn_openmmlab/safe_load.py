@@ -64,9 +64,7 @@ def read_checkpoint(path: str, map_location=None) -> object:
     except OSError:
         raise
     except Exception as error:  # of many types, by the way in which a file is none of torch's
-        code = re.search(
-            r'(?:GLOBAL|class) ([\w.]+)|(getattr\(.*?\))|(a TorchScript archive)', str(error)
-        )
+        code = re.search(r'(?:GLOBAL|class) ([\w.]+)|(getattr\(.*?\))|(a TorchScript archive)', str(error))
         if code:
             raise ValueError(
                 f'it holds more than data: reading it would run {code[1] or code[2] or code[3]}. Refused; get it from '
