@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -65,12 +66,14 @@ class SNBatchAverageHook(Hook):
         self._moving: list[tuple[Tensor, Tensor]] = []
 
     def before_run(self, runner: Runner) -> None:
-        """Refuse a model that has no statistics."""
+        """Refuse a model that has no statistics; let no evaluation leave its own behind, however it ends."""
         statistics_layers(runner.model)
+        for loop in runner._val_loop, runner._test_loop:
+            if isinstance(loop, BaseLoop):
+                loop.run = self._put_back_after(loop.run)
 
     def before_train(self, runner: Runner) -> None:
         """Refuse what would fail only later."""
-        self._put_back()  # what an evaluation that failed has left
         if self.when == 'epoch' and isinstance(runner.train_loop, IterBasedTrainLoop):
             raise ValueError(
                 "SNBatchAverageHook(when='epoch') needs epochs, and this training counts iterations; take when='val', "
@@ -107,6 +110,18 @@ class SNBatchAverageHook(Hook):
         moving = [(b, b.clone()) for layer in layers for b in (layer.running_mean, layer.running_var)]
         average_runner_statistics(runner, self.num_batches)
         self._moving = moving
+
+    def _put_back_after(self, run: Callable) -> Callable:
+        """``run``, and the moving averages after it: no hook is called where it fails or is interrupted."""
+
+        @functools.wraps(run)
+        def wrapper(*args, **kwargs):
+            try:
+                return run(*args, **kwargs)
+            finally:
+                self._put_back()
+
+        return wrapper
 
     def _put_back(self) -> None:
         for buffer, value in self._moving:

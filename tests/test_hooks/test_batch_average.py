@@ -326,19 +326,26 @@ def test_the_test_takes_them_and_they_are_gone_after_it(tmp_path):
     assert same(runner.model.state_dict(), trained)
 
 
-def test_a_validation_that_fails_leaves_nothing_to_the_next_training(tmp_path):
-    class Fails(Hook):
-        def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-            raise RuntimeError('no more disk')
+@pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize('when', ['val', 'test'])
+def test_an_evaluation_that_fails_leaves_the_moving_averages(tmp_path, when, error):
+    """So that whatever saves the model then, a notebook or a handler of signals, does not save the others."""
 
-    runner = Runner(**config(tmp_path, batch_average('val'), Fails()))
-    hook = next(h for h in runner.hooks if type(h).__name__ == 'SNBatchAverageHook')
-    with pytest.raises(RuntimeError, match='no more disk'):
-        runner.train()
-    moving = [value.clone() for _, value in hook._moving]
-    hook.before_train(runner)
-    now = [b for m in (runner.model.bn1.bn, runner.model.bn2.bn) for b in (m.running_mean, m.running_var)]
-    assert all(torch.equal(a, b) for a, b in zip(now, moving))
+    class Fails(Spy):
+        def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+            raise error('no more')
+
+        after_test_iter = after_val_iter
+
+    spy = Fails()
+    runner = Runner(**config(tmp_path, batch_average(when), spy))
+    before = statistics(runner.model.state_dict())
+    with pytest.raises(error, match='no more'):
+        getattr(runner, when)()
+    assert len(spy.seen) == 1 and not same(spy.seen[0], before)
+    assert same(statistics(runner.model.state_dict()), before)
+    runner.save_checkpoint(str(tmp_path), 'emergency.pth', save_optimizer=False, save_param_scheduler=False)
+    assert same(statistics(torch.load(tmp_path / 'emergency.pth', weights_only=False)['state_dict']), before)
 
 
 @pytest.fixture(scope='module')
