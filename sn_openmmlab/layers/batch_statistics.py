@@ -106,10 +106,11 @@ def statistics(bn: nn.Module) -> dict:
     # FrozenBatchNorm2d of torchvision, detectron2 and timm are in training mode with the model, but have no momentum
     training = bn.training and hasattr(bn, 'momentum')
     moved = not training or bn.track_running_stats
+    buffers = bn._buffers
     return dict(
-        running_mean=bn.running_mean if moved else None,
-        running_var=bn.running_var if moved else None,
-        num_batches_tracked=bn._buffers.get('num_batches_tracked'),
+        running_mean=buffers['running_mean'] if moved else None,
+        running_var=buffers['running_var'] if moved else None,
+        num_batches_tracked=buffers.get('num_batches_tracked'),
         training=training,
         momentum=bn.momentum if training else 0.0,
     )

@@ -13,13 +13,15 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import cpp, native
 from .graph import switch_norm_graph
 from .reference import NORMALIZERS, moments_dtype, switch_norm_reference
-from .torch_versions import is_compiling, is_exporting
+from .torch_versions import count_dispatch_modes, is_compiling, is_exporting
 
 _BACKENDS = ('reference', 'native', 'cpp', 'triton')
+_PLAIN = {Tensor, torch.nn.Parameter}
 
 
 def switch_norm(
@@ -90,7 +92,7 @@ def switch_norm(
     if batch and training and running_mean is not None:
         update = running_mean, running_var, num_batches_tracked, momentum
 
-    backend = _choose_backend(x)
+    backend = _choose_backend(x, mean_weight, var_weight, weight, bias, running_mean, running_var)
     if backend is None and not batch and (torch.jit.is_tracing() or is_exporting()):
         return switch_norm_graph(x, mean_weight, var_weight, weight, bias, mean_bn, var_bn, normalizers, eps)
     if backend is None and group is not None:
@@ -141,7 +143,9 @@ class _SwitchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         # zeros where the output took no part: the other ranks of a group wait for this one
-        grads = _differentiable_backward(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
+        dy = _materialized(dy)
+        seen_through = torch.is_grad_enabled() or _is_transformed() or not _have_memory(dy)
+        grads = _differentiable_backward(ctx, dy) if seen_through else _backward(ctx, dy)
         return *grads, *[None] * 7
 
 
@@ -166,17 +170,22 @@ def _backward(ctx, dy):
 
 
 def _differentiable_backward(ctx, dy):
-    """The backward of double backward (``create_graph=True``): the reference's, which autograd sees through."""
+    """The reference's backward, which autograd and its transforms see through: double backward, vmap and the like."""
     if ctx.group is not None:
-        raise RuntimeError('switch_norm has no double backward with synchronised statistics; use SN in place of SyncSN')
+        raise RuntimeError(
+            'switch_norm has no double backward, and no transform of its backward, with synchronised statistics; use '
+            'SN in place of SyncSN'
+        )
     inputs, (mean_bn, var_bn) = ctx.saved_tensors[:5], ctx.saved_tensors[7:9]
     if ctx.count is not None:
         mean_bn, var_bn = None, None
-    # views, so that the gradients end here and do not follow what the inputs were computed from
-    inputs = [None if t is None else t.view_as(t) for t in inputs]
-    wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad) if needed]
-    y = switch_norm_reference(*inputs, mean_bn, var_bn, ctx.normalizers, ctx.eps)[0]
-    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # views, so that the gradients end here and do not follow what the inputs were computed from
+        inputs = [None if t is None else t.view_as(t) for t in inputs]
+        wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad) if needed]
+        y = switch_norm_reference(*inputs, mean_bn, var_bn, ctx.normalizers, ctx.eps)[0]
+        grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph))
     return [next(grads) if needed else None for needed in ctx.needs_input_grad[:5]]
 
 
@@ -207,17 +216,44 @@ def _update(running_mean, running_var, num_batches_tracked, momentum, mean, var,
         running.lerp_(new, weight.to(running.dtype) if isinstance(weight, Tensor) else weight)
 
 
-def _choose_backend(x: Tensor):
+def _choose_backend(x: Tensor, *others: Tensor | None):
     """The module whose passes to run, or None for the reference."""
     if (
         is_compiling()
         or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
+        or _is_transformed()
         or x.device.type in ('meta', 'mps')  # no values, no float64
-        or type(x) not in (Tensor, torch.nn.Parameter)
+        or not _have_memory(x, *others)
     ):
         return None
     return _backend_for(x.device, x.dtype)
+
+
+def _is_transformed() -> bool:
+    """Whether somebody has to see each operation: torch.func, forward-mode AD, modes as make_fx's or fake tensors'."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or count_dispatch_modes() > 0
+    )
+
+
+def _have_memory(*tensors: Tensor | None) -> bool:
+    """Whether all elements are what lies at an address; not so of meta tensors, fake, batched and distributed ones."""
+    try:
+        for t in tensors:
+            if t is not None and (type(t) not in _PLAIN or t.is_neg() or (t.data_ptr() == 0 and t.numel() > 0)):
+                return False
+    except RuntimeError:  # a wrapper without an address
+        return False
+    return True
+
+
+def _materialized(t: Tensor) -> Tensor:
+    """A tensor of zeros, or of another's negated elements, written out."""
+    if t.is_neg() or t._is_zerotensor():
+        return torch.zeros(t.shape, dtype=t.dtype, device=t.device).add_(t)
+    return t
 
 
 def _backend_for(device: torch.device, dtype: torch.dtype):
@@ -294,7 +330,7 @@ def _check(
         raise ValueError('switch_norm takes weight and bias together, and running_mean and running_var together')
     if momentum is None and running_mean is not None and num_batches_tracked is None:
         raise ValueError('switch_norm with momentum=None averages by num_batches_tracked; pass it, or a momentum')
-    logits, channels = (len(normalizers),), (x.shape[1],)
+    logits, channels, device = (len(normalizers),), (x.shape[1],), x.device
     for name, tensor, shape in (
         ('mean_weight', mean_weight, logits),
         ('var_weight', var_weight, logits),
@@ -309,6 +345,10 @@ def _check(
             raise ValueError(
                 f'{name} has shape {tuple(tensor.shape)} where {shape} was expected, '
                 f'for input of shape {tuple(x.shape)} and normalizers {normalizers}'
+            )
+        if tensor.device != device:
+            raise ValueError(
+                f'{name} is on {tensor.device} and the input on {device}; move one, e.g. by layer.to(x.device)'
             )
         if tensor.dtype != x.dtype and tensor.dtype != moments_dtype(x.dtype):
             raise TypeError(
