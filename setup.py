@@ -1,5 +1,6 @@
 """Metadata, the kernels for the CPU, and configs and tools in the place where OpenMMLab looks for them."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -41,6 +42,8 @@ def libraries():
     if os.name != 'posix':
         return []
     openmp = ['-fopenmp'] if sys.platform != 'darwin' else []
+    sources = [ROOT / 'sn_openmmlab/ops' / name for name in ('passes.cpp', 'algebra.cpp', 'parallel.h')]
+    stamp = f'{version()} {hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()}'
     flags = ['-std=c++17', '-O3', '-g0', '-fno-math-errno', '-fno-trapping-math', '-Wno-psabi', '-Wno-unknown-pragmas']
     return [
         Extension(
@@ -48,6 +51,7 @@ def libraries():
             ['sn_openmmlab/ops/algebra.cpp', 'sn_openmmlab/ops/passes.cpp'],
             depends=['sn_openmmlab/ops/parallel.h'],
             py_limited_api=True,  # loaded by ctypes, and the same for every Python
+            define_macros=[('SN_STAMP', f'"{stamp}"')],  # cpp_algebra.py compares it before the first call
             extra_compile_args=[*flags, *openmp],
             extra_link_args=openmp,
             language='c++',

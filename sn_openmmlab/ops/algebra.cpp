@@ -78,11 +78,11 @@ FOR_EACH_CPU void pool_rows(const Algebra& t, int64_t begin, int64_t end) {
         double joint = 0, joint_var = 0;
 #pragma omp simd reduction(+ : joint)
         for (int64_t c = 0; c < t.channels; ++c) joint += mean[c];
-        joint /= t.channels;
+        joint /= std::max<int64_t>(t.channels, 1);
 #pragma omp simd reduction(+ : joint_var)
         for (int64_t c = 0; c < t.channels; ++c) joint_var += var[c] + (mean[c] - joint) * (mean[c] - joint);
         t.mean_ln[n] = joint;
-        t.var_ln[n] = joint_var / t.channels;
+        t.var_ln[n] = joint_var / std::max<int64_t>(t.channels, 1);
     }
 }
 
@@ -170,7 +170,7 @@ FOR_EACH_CPU void sum_columns(const Algebra& t, int64_t begin, int64_t end) {
 
 FOR_EACH_CPU void coefficients(const Algebra& t, int64_t begin, int64_t end) {
     // -1 over the number of pixels that a normalizer pools
-    const double in = -1. / std::max<int64_t>(t.size, 1), ln = in / t.channels, bn = t.frozen ? 0 : in / t.samples;
+    const double in = -1. / std::max<int64_t>(t.size, 1), ln = in / std::max<int64_t>(t.channels, 1), bn = t.frozen ? 0 : in / t.samples;
     for (int64_t n = begin; n < end; ++n) {
         const double dmean_ln = t.rows[n].dmean * t.mean_ratios.ln * ln;
         const double dvar_ln = t.rows[n].dvar * t.var_ratios.ln * ln;

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import importlib.util
 import warnings
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..version import __version__
 from . import algebra
 
 _SOURCES = [Path(__file__).with_name(name) for name in ('passes.cpp', 'algebra.cpp', 'parallel.h')]  # not in a wheel
@@ -107,11 +109,10 @@ def library() -> ctypes.CDLL | None:
     if spec is None:
         return None
     try:
-        compiled = Path(spec.origin).stat().st_mtime
-        if any(source.stat().st_mtime > compiled for source in _SOURCES if source.exists()):
-            raise OSError('the C++ code of this editable install has changed since it was compiled')
+        _check_length(Path(spec.origin))
         library = ctypes.CDLL(spec.origin)
-    except OSError as error:
+        _check_stamp(library)
+    except (OSError, AttributeError) as error:
         warnings.warn(
             f'SwitchNorm takes slower kernels of torch, since its own cannot be loaded: {error}. Install sn_openmmlab '
             'anew, where it is to run',
@@ -127,3 +128,26 @@ def library() -> ctypes.CDLL | None:
     ):
         function.argtypes, function.restype = arguments, None
     return library
+
+
+def _check_length(path: Path) -> None:
+    """Refuse a file that is cut off, whose loading would end the process (of ELF, whose last part is a table)."""
+    with path.open('rb') as file:
+        head = file.read(64)
+    if head[:5] == b'\x7fELF\x02' and len(head) == 64:
+        order = 'little' if head[5] == 1 else 'big'
+        start, size, number = (int.from_bytes(head[a:b], order) for a, b in ((40, 48), (58, 60), (60, 62)))
+        if path.stat().st_size < start + size * number:
+            raise OSError(f'{path} is cut off')
+
+
+def _check_stamp(library: ctypes.CDLL) -> None:
+    """Refuse a library of other code, whose functions may want other arguments."""
+    library.sn_stamp.restype = ctypes.c_char_p
+    version, code = library.sn_stamp().decode().split()
+    if version != __version__:
+        raise OSError(f'it was compiled for version {version}, and this is {__version__}')
+    if all(source.exists() for source in _SOURCES):
+        content = b''.join(source.read_bytes() for source in _SOURCES)
+        if code != hashlib.sha256(content).hexdigest():
+            raise OSError('the C++ code of this editable install has changed since it was compiled')

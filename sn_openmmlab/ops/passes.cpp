@@ -1,4 +1,4 @@
-// The four big passes for the CPU, in float32 and bfloat16. ops/cpp.py calls the two functions at the end by ctypes,
+// The four big passes for the CPU, in float32 and bfloat16. ops/cpp.py calls the functions at the end by ctypes,
 // with plain pointers; as the Python module _cpp, which the install builds, the library is empty.
 //
 // A sample's maps, of `size` pixels each, lie one after the other or, channels last, as `size` rows of `channels`
@@ -309,6 +309,9 @@ FOR_EACH_CPU void combine_half(const Maps& m, int64_t begin, int64_t end) { comb
 }  // namespace
 
 extern "C" {
+
+// What was compiled: the version of the package, and the hash of the sources.
+const char* sn_stamp() { return SN_STAMP; }
 
 // Without dy, pass 1: mean and biased variance of each map. With dy, pass 3: sums of dy and of dy * (x - mean).
 void sn_sums(const void* x, const void* dy, const float* mean, float* first, float* second, int64_t samples,

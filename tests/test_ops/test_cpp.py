@@ -1,10 +1,15 @@
 """The C++ passes and algebra one by one: at the edges of their blocks, against float64; and when they are taken."""
 
+import _ctypes
 import ctypes
 import importlib.util
 import itertools
+import os
+import subprocess
+import sys
 import types
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -217,7 +222,6 @@ def test_a_library_that_cannot_be_loaded_is_said_once(monkeypatch, fresh, tmp_pa
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: types.SimpleNamespace(origin=str(broken)))
     with pytest.raises(OSError):
         ctypes.CDLL(str(broken))
-    monkeypatch.setattr(cpp.algebra, '_SOURCES', [])
     with pytest.warns(UserWarning, match='cannot be loaded: .*_cpp.so.*Install sn_openmmlab anew'):
         assert function._backend_for(CPU, torch.float32) is native
     with warnings.catch_warnings():
@@ -225,12 +229,62 @@ def test_a_library_that_cannot_be_loaded_is_said_once(monkeypatch, fresh, tmp_pa
         assert function._backend_for(CPU, torch.float32) is native
 
 
-@needs_library
-def test_a_library_older_than_its_code_is_not_taken(monkeypatch, fresh, tmp_path):
-    """After ``git pull`` in an editable install, its functions may want other arguments."""
+def pretend_installed(monkeypatch, path):
     monkeypatch.delenv('SN_BACKEND', raising=False)
-    new = tmp_path / 'passes.cpp'
-    new.touch()
-    monkeypatch.setattr(cpp.algebra, '_SOURCES', [new, tmp_path / 'not in a wheel.cpp'])
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: types.SimpleNamespace(origin=str(path)))
+
+
+@needs_library
+def test_a_library_of_other_code_is_not_taken(monkeypatch, fresh, tmp_path):
+    """After ``git pull`` in an editable install its functions may want other arguments, whatever the times of files."""
+    changed = tmp_path / 'passes.cpp'
+    changed.write_bytes(cpp.algebra._SOURCES[0].read_bytes() + b'\n')
+    os.utime(changed, (0, 0))
+    monkeypatch.delenv('SN_BACKEND', raising=False)
+    monkeypatch.setattr(cpp.algebra, '_SOURCES', [changed, *cpp.algebra._SOURCES[1:]])
     with pytest.warns(UserWarning, match='has changed since it was compiled. Install sn_openmmlab anew'):
         assert function._backend_for(CPU, torch.float32) is native
+
+
+@needs_library
+def test_a_library_whose_code_was_only_touched_is_taken(monkeypatch, fresh, tmp_path):
+    copies = [tmp_path / source.name for source in cpp.algebra._SOURCES]
+    for copy, source in zip(copies, cpp.algebra._SOURCES):
+        copy.write_bytes(source.read_bytes())
+    monkeypatch.delenv('SN_BACKEND', raising=False)
+    monkeypatch.setattr(cpp.algebra, '_SOURCES', copies)
+    assert function._backend_for(CPU, torch.float32) is cpp
+
+
+@needs_library
+def test_a_library_of_another_version_is_not_taken(monkeypatch, fresh):
+    """In a wheel there is no code to compare."""
+    monkeypatch.delenv('SN_BACKEND', raising=False)
+    monkeypatch.setattr(cpp.algebra, '_SOURCES', [Path('not in a wheel.cpp')])
+    monkeypatch.setattr(cpp.algebra, '__version__', '99.0')
+    with pytest.warns(UserWarning, match=r'compiled for version .* and this is 99\.0'):
+        assert function._backend_for(CPU, torch.float32) is native
+
+
+def test_a_library_without_the_functions_is_not_taken(monkeypatch, fresh):
+    pretend_installed(monkeypatch, _ctypes.__file__)  # some library
+    with pytest.warns(UserWarning, match='cannot be loaded: .*undefined symbol: sn_stamp'):
+        assert function._backend_for(CPU, torch.float32) is native
+
+
+@needs_library
+@pytest.mark.parametrize('part', [0.0, 0.02, 0.5, 0.92, 0.999])
+def test_a_library_that_is_cut_off_does_not_end_the_process(part, tmp_path):
+    """As by a full disk; loading it is what did."""
+    whole = Path(importlib.util.find_spec('sn_openmmlab.ops._cpp').origin).read_bytes()
+    cut = tmp_path / '_cpp.so'
+    cut.write_bytes(whole[: int(len(whole) * part)])
+    code = (
+        'import importlib.util, types, torch; from sn_openmmlab import SwitchNorm; real = importlib.util.find_spec;'
+        f'cut = types.SimpleNamespace(origin={str(cut)!r});'
+        "importlib.util.find_spec = lambda n, *a: cut if n.endswith('_cpp') else real(n, *a);"
+        'print(SwitchNorm(3)(torch.randn(2, 3, 4, 4)).isfinite().all())'
+    )
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0 and 'tensor(True)' in done.stdout, done.stderr
+    assert 'its own cannot be loaded' in done.stderr
