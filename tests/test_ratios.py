@@ -173,7 +173,7 @@ class TestHook:
             train(tmp_path, SNRatioHook())
 
     def test_interval(self):
-        with pytest.raises(ValueError, match='interval must be at least 1, got 0'):
+        with pytest.raises(ValueError, match='interval must be a whole number of at least 1, got 0'):
             SNRatioHook(interval=0)
 
 

@@ -57,8 +57,8 @@ class SNBatchAverageHook(Hook):
     priority = 'ABOVE_NORMAL'
 
     def __init__(self, num_batches: int, when: str = 'val') -> None:
-        if num_batches < 1:
-            raise ValueError(f'num_batches must be at least 1, got {num_batches}')
+        if not isinstance(num_batches, int) or num_batches < 1:
+            raise ValueError(f'num_batches must be a whole number of at least 1, got {num_batches!r}')
         if when not in ('val', 'test', 'epoch'):
             raise ValueError(f"when must be 'val', 'test' or 'epoch', got {when!r}")
         self.num_batches = num_batches

@@ -44,8 +44,8 @@ class SNRatioHook(Hook):
     """
 
     def __init__(self, interval: int = 1, by_epoch: bool = True) -> None:
-        if interval < 1:
-            raise ValueError(f'interval must be at least 1, got {interval}')
+        if not isinstance(interval, int) or interval < 1:
+            raise ValueError(f'interval must be a whole number of at least 1, got {interval!r}')
         self.interval = interval
         self.by_epoch = by_epoch
         self._logged = None

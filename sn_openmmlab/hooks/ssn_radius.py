@@ -1,5 +1,7 @@
 """The radius of SSN layers, which makes them choose in the course of a training."""
 
+from numbers import Real
+
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -35,9 +37,9 @@ class SSNRadiusHook(Hook):
     priority = 'ABOVE_NORMAL'  # before EMAHook copies the radius and CheckpointHook saves it
 
     def __init__(self, begin: float = 0.0, end: float = 0.8) -> None:
-        if not 0 <= begin < end <= 1:
+        if not (isinstance(begin, Real) and isinstance(end, Real) and 0 <= begin < end <= 1):
             raise ValueError(
-                f'begin and end must be fractions of the training, 0 <= begin < end <= 1, got {begin}, {end}'
+                f'begin and end must be fractions of the training, 0 <= begin < end <= 1, got {begin!r}, {end!r}'
             )
         self.begin = begin
         self.end = end

@@ -98,7 +98,7 @@ class SparseSwitchNorm(SwitchNorm):
     def _look_up(self) -> None:
         self._taken = self.normalizers
         if not self.training and not self.radius.is_meta:
-            taken = (self.importance_ratios > 0).any(0).tolist()
+            taken = (self.importance_ratios != 0).any(0).tolist()  # NaN takes part
             self._taken = tuple(itertools.compress(self.normalizers, taken))
 
     def _choice(self) -> tuple[tuple[str, ...], Tensor, Tensor]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
+from math import inf
+from numbers import Integral, Real
 
 import torch
 import torch.distributed as dist
@@ -105,10 +108,17 @@ class SwitchNorm(nn.InstanceNorm2d):
     ) -> None:
         normalizers = _checked_normalizers(normalizers)
         _check_ratios(normalizers, init_ratios)
-        if num_features < 1 or eps < 0:
-            raise ValueError(f'num_features must be at least 1 and eps at least 0, got {num_features} and {eps}')
-        if momentum is not None and not 0 <= momentum <= 1:
-            raise ValueError(f'momentum must be None or between 0 and 1 (the weight of the new value), got {momentum}')
+        if not (isinstance(num_features, Integral) and num_features >= 1 and isinstance(eps, Real) and 0 <= eps < inf):
+            raise ValueError(
+                'num_features must be a whole number of at least 1, and eps a finite number of at least 0, got '
+                f'{num_features!r} and {eps!r}'
+            )
+        if momentum is not None and not (isinstance(momentum, Real) and 0 <= momentum <= 1):
+            raise ValueError(
+                f'momentum must be None or between 0 and 1 (the weight of the new value), got {momentum!r}'
+            )
+        if affine not in (True, False):
+            raise ValueError(f'affine must be True or False, got {affine!r}')
         factory = dict(device=device, dtype=dtype)
         super().__init__(num_features, eps, None, affine, track_running_stats=False, **factory)
         self.normalizers = normalizers
@@ -380,7 +390,8 @@ def _subgroup(group_size: int, world):
 
 
 def _checked_normalizers(normalizers) -> tuple[str, ...]:
-    names = (normalizers,) if isinstance(normalizers, str) else tuple(normalizers)
+    names = (normalizers,) if isinstance(normalizers, str) else normalizers
+    names = tuple(names) if isinstance(names, (tuple, list)) else ()  # a set has no order
     if not names or names != tuple(name for name in NORMALIZERS if name in names):
         raise ValueError(
             f'normalizers must be one or more of {NORMALIZERS}, each once and in this order, got {normalizers!r}'
@@ -391,7 +402,9 @@ def _checked_normalizers(normalizers) -> tuple[str, ...]:
 def _check_ratios(normalizers: tuple[str, ...], ratios) -> None:
     if ratios is None:
         return
-    if len(ratios) != len(normalizers) or min(ratios) < 0 or not abs(sum(ratios) - 1) <= 1e-6:
+    values = list(ratios) if isinstance(ratios, Iterable) else []
+    numbers = all(isinstance(value, Real) and value >= 0 for value in values)
+    if len(values) != len(normalizers) or not numbers or not abs(sum(values) - 1) <= 1e-6:
         raise ValueError(
             f'init_ratios must be {len(normalizers)} non-negative numbers that sum to 1, '
             f'one for each of {normalizers}, got {ratios!r}'

@@ -127,7 +127,9 @@ def _forward(x, mean_weight, var_weight, weight, bias, mean_bn, var_bn, normaliz
     )
     if update is not None:
         _update(*update, *saved[2:4], count)
-    y = backend.affine(h, mean_in, a, s) if h.numel() else torch.empty_like(h)
+    if not h.numel():
+        return torch.empty_like(x), saved, count
+    y = backend.affine(h, mean_in, a, s)
     # no view of anything, since ReLU(inplace=True) follows; also without gradients, as in a checkpoint's first forward
     return x.new_empty(0).set_(y.view(x.shape)), saved, count
 
@@ -163,8 +165,7 @@ def _backward(ctx, dy):
     )  # fmt: skip
     dx = None
     if ctx.needs_input_grad[0]:
-        dx = ctx.backend.combine(dh, h, mean_in, a, b1, b0) if h.numel() else torch.empty_like(h)
-        dx = dx.view(x.shape)
+        dx = ctx.backend.combine(dh, h, mean_in, a, b1, b0).view(x.shape) if h.numel() else torch.empty_like(x)
     parameters = mean_weight, var_weight, weight, bias
     return dx, *[None if p is None else grad.to(p.dtype) for p, grad in zip(parameters, small)]
 
@@ -231,11 +232,7 @@ def _choose_backend(x: Tensor, *others: Tensor | None):
 
 def _is_transformed() -> bool:
     """Whether somebody has to see each operation: torch.func, forward-mode AD, modes as make_fx's or fake tensors'."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or count_dispatch_modes() > 0
-    )
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or count_dispatch_modes() > 0
 
 
 def _have_memory(*tensors: Tensor | None) -> bool:

@@ -372,7 +372,9 @@ def test_epochs_end_with_them_and_checkpoints_hold_them(averaged):
     'hook, options, message',
     [
         (batch_average('always'), {}, "when must be 'val', 'test' or 'epoch', got 'always'"),
-        (batch_average('val', 0), {}, 'num_batches must be at least 1, got 0'),
+        (batch_average('val', 0), {}, 'num_batches must be a whole number of at least 1, got 0'),
+        (batch_average('val', '3'), {}, "num_batches must be .* got '3'"),
+        (batch_average('val', 2.5), {}, r'num_batches must be .* got 2\.5'),
         (batch_average('val', 5), {}, 'num_batches must be from 1 to 4, the batches of an epoch, got 5'),
         (
             batch_average('epoch'),

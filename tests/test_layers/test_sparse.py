@@ -428,3 +428,18 @@ def test_a_model_without_layers_that_learn(tmp_path, monkeypatch):
     monkeypatch.setattr(Net, 'init_weights', lambda net: [m.requires_grad_(False) for m in (net.bn1, net.bn2)])
     with pytest.raises(ValueError, match="none of the model's 2 SSN layers learns its ratios.*type='SSN'"):
         train(tmp_path, Radii())
+
+
+@pytest.mark.parametrize('radius', [0.0, 0.5, 1.0])
+@pytest.mark.parametrize('training', [True, False])
+def test_logits_that_are_no_numbers_are_not_hidden(training, radius):
+    """A layer that has diverged must not look like IN alone."""
+    logits = torch.tensor([float('nan'), 0.0, 1.0])
+    assert sparsestmax(logits, radius).isnan().all()
+    layer = SparseSwitchNorm(4)
+    layer.radius.fill_(radius)
+    layer.mean_weight.data.copy_(logits)
+    assert layer.train(training)(images().float()).isnan().all()
+    into_sn = SwitchNorm(4)
+    into_sn.load_state_dict(layer.state_dict())
+    assert into_sn.mean_weight.isnan().any()

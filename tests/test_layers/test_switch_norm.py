@@ -74,12 +74,26 @@ def test_wrong_number_of_channels():
         (dict(init_ratios=(1.5, -0.5, 0)), 'non-negative'),
         (dict(init_ratios=(float('nan'), 0.5, 0.5)), 'sum to 1'),
         (dict(momentum=1.5), 'momentum must be None or between 0 and 1.*got 1.5'),
-        (dict(eps=-1), 'eps at least 0, got 3 and -1'),
+        (dict(eps=-1), 'at least 0, got 3 and -1'),
+        (dict(eps=float('nan')), 'at least 0, got 3 and nan'),
+        (dict(eps=float('inf')), 'finite number of at least 0, got 3 and inf'),
+        (dict(eps='1e-5'), "got 3 and '1e-5'"),
+        (dict(num_features='4'), "num_features must be a whole number of at least 1, .* got '4' and"),
+        (dict(num_features=None), 'num_features must be .* got None'),
+        (dict(num_features=4.0), r'num_features must be .* got 4\.0'),
+        (dict(momentum='0.1'), "momentum must be None or between 0 and 1.*got '0.1'"),
+        (dict(momentum=float('nan')), 'momentum must be None .*got nan'),
+        (dict(affine='no'), "affine must be True or False, got 'no'"),
+        (dict(normalizers=None), 'normalizers must be one or more of .*got None'),
+        (dict(normalizers={'in', 'bn'}), 'normalizers must be one or more of .*got {'),
+        (dict(init_ratios=('a', 'b', 'c')), "init_ratios must be 3 non-negative numbers.*'a'"),
+        (dict(init_ratios=dict(bn=1)), "init_ratios must be 3 non-negative numbers.*{'bn': 1}"),
+        (dict(init_ratios=1.0), r'init_ratios must be 3 non-negative numbers.*got 1\.0'),
     ],
 )
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        SwitchNorm(3, **kwargs)
+        SwitchNorm(**dict(num_features=3) | kwargs)
 
 
 def test_bad_sync_arguments():

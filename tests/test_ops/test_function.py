@@ -368,3 +368,28 @@ def test_unknown_backend(monkeypatch):
     monkeypatch.setenv('SN_BACKEND', 'cudnn')
     with pytest.raises(RuntimeError, match="'cudnn'.*reference.*native"):
         switch_norm(torch.zeros(2, 6), torch.ones(3), torch.ones(3))
+
+
+@pytest.mark.parametrize('shape', [(0, 4, 7, 7), (2, 4, 0, 3)], ids=str)
+@pytest.mark.parametrize('backend', ['native', CPP], indirect=True)
+def test_empty_channels_last_input_stays_channels_last(backend, shape):
+    """As PyTorch's own test of norms wants it (test_memory_format)."""
+    x = torch.empty(shape).to(memory_format=torch.channels_last).requires_grad_()
+    y = switch_norm(x, *arguments(4, dtype=torch.float32), training=True)
+    assert y.stride() == x.stride()
+    assert torch.autograd.grad(y.sum(), x)[0].stride() == x.stride()
+
+
+def test_no_channel_at_all(float_backend):
+    x, logits = torch.empty(2, 0, 4, requires_grad=True), torch.ones(3, requires_grad=True)
+    switch_norm(x, logits, logits, training=True).sum().backward()
+    assert logits.grad.eq(0).all()
+
+
+@pytest.mark.parametrize('size', [1e10, 1e18])
+def test_large_input_stays_finite(float_backend, size):
+    """Up to where the variance overflows float32, as BatchNorm's does."""
+    leaves = [rand(2, 8, 5, 5, dtype=torch.float32) * size, *arguments(8, dtype=torch.float32)]
+    leaves = [t.requires_grad_() for t in leaves]
+    y = switch_norm(*leaves, training=True)
+    assert all(t.isfinite().all() for t in (y, *torch.autograd.grad(y.sum(), leaves)))
