@@ -59,6 +59,7 @@ Sparse choice <docs/sparse>
 Export <docs/export>
 docs/datasets
 Third parties <docs/third_parties>
+Engines <docs/engines>
 ```
 
 ```{toctree}

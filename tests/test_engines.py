@@ -1,18 +1,23 @@
 """Engines for several processes, by their own code over gloo: FSDP 1 and 2, DistributedDataParallel, launchers."""
 
 import copy
+import os
+import socket
+import subprocess
+import sys
 from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 from processes import counting
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy, always_wrap_policy, size_based_auto_wrap_policy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sn_openmmlab import SwitchNorm
+from sn_openmmlab import SwitchNorm, SyncSN
 
 CPU = torch.device('cpu')
 # each puts a unit of its own around every BatchNorm: the first since there is mixed precision
@@ -73,3 +78,104 @@ def fsdp1(how, norm, freeze):
 def test_fsdp1_that_wraps_each_batch_norm_changes_nothing(two, how, freeze):
     """Statistics are each process's own, and what is frozen stays."""
     two(fsdp1, how, bn_like, freeze)
+
+
+# -- what each engine does to one training step -----------------------------------------------------------------------
+
+
+def wrapped_by(engine, net, half):
+    if engine == 'DDP':
+        return nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)  # as mmengine's
+    if engine == 'FSDP1':
+        policy = MixedPrecision(param_dtype=torch.bfloat16, buffer_dtype=torch.float32) if half else None
+        return FullyShardedDataParallel(net, device_id=CPU, use_orig_params=True, mixed_precision=policy)
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if half else None, output_dtype=torch.float32)
+    mesh = dist.device_mesh.init_device_mesh('cpu', (dist.get_world_size(),))
+    return fully_shard(net, mesh=mesh, mp_policy=policy)
+
+
+def steps(engine, kind, half, checkpointed, accumulate):
+    """Losses and statistics of two steps by an engine, and, without one, of the same on each process's images."""
+    norm = SyncSN if kind == 'SyncSN' else SwitchNorm
+    results = []
+    for wrap in False, True:
+        net = network(norm)
+        if checkpointed:
+            net = nn.Sequential(Checkpointed(net[:3]), *net[3:])
+        model = wrapped_by(engine, net, half) if wrap else net
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        losses = []
+        with counting() as sent:
+            for i in range(2 * accumulate):
+                loss = model(batch() + i).square().mean()
+                loss.backward()
+                losses.append(loss.item())
+                if (i + 1) % accumulate == 0:
+                    optimizer.step()
+        results.append((losses, buffers(net), list(sent)))
+    (losses, expected, sent), (got_losses, got, got_sent) = results
+    assert got_losses == pytest.approx(losses, rel=0.05 if half else 1e-5)
+    assert all(value.dtype != torch.bfloat16 for value in got.values())
+    for (name, value), (_, other) in zip(expected.items(), got.items(), strict=True):
+        torch.testing.assert_close(other, value, rtol=0.05 if half else 1e-5, atol=0.05 if half else 1e-6, msg=name)
+    calls = 2 * accumulate * (2 * 2 + checkpointed)  # two layers forward and backward; one of them twice forward
+    assert len(got_sent) == len(sent) == (calls if kind == 'SyncSN' else 0)
+    assert not sent or set(sent) == {2 * 4 + 1, 2 * 4}  # 2C + 1 numbers forward, 2C backward
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(self.net, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize('checkpointed, accumulate', [(False, 1), (True, 1), (False, 2)], ids=['plain', 'cp', 'acc'])
+@pytest.mark.parametrize('kind', ['SN', 'SyncSN'])
+@pytest.mark.parametrize('engine', ['DDP', 'FSDP1', 'FSDP2'])
+def test_engines_compute_the_same_at_the_same_price(two, engine, kind, checkpointed, accumulate):
+    two(steps, engine, kind, False, checkpointed, accumulate)
+
+
+@pytest.mark.parametrize('engine', ['FSDP1', 'FSDP2'])
+def test_statistics_stay_float32_under_mixed_precision(two, engine):
+    two(steps, engine, 'SN', True, False, 1)
+
+
+# -- torchrun over machines ---------- --------------------------------------------------------------------------------
+
+SCRIPT = """
+import torch, torch.distributed as dist
+from sn_openmmlab import SyncSN
+dist.init_process_group('gloo')  # mmengine's init_dist('pytorch') sets a GPU
+layers = SyncSN(2, momentum=1.0), SyncSN(2, momentum=1.0, group_size=2)
+for layer in layers:
+    layer(torch.full((1, 2, 3, 3), float(dist.get_rank())))
+print('SEEN', dist.get_rank(), dist.get_world_size(), *(layer.bn.running_mean[0].item() for layer in layers))
+dist.destroy_process_group()
+"""
+
+
+def test_torchrun_over_two_nodes_of_two_processes(tmp_path):
+    """Statistics are those of all four; in groups of two, of each node's own."""
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    (tmp_path / 'script.py').write_text(SCRIPT)
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc-per-node=2']
+    command += ['--master-addr=127.0.0.1', f'--master-port={port}']
+    nodes = [
+        subprocess.Popen(
+            [*command, f'--node-rank={rank}', str(tmp_path / 'script.py')], stdout=subprocess.PIPE, text=True,
+            env=os.environ | dict(OMP_NUM_THREADS='1'),
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    said = ''.join(node.communicate(timeout=240)[0] for node in nodes)
+    assert [node.returncode for node in nodes] == [0, 0]
+    seen = sorted(line.split()[1:] for line in said.splitlines() if line.startswith('SEEN'))
+    assert seen == [[str(rank), '4', '1.5', '0.5' if rank < 2 else '2.5'] for rank in range(4)]
