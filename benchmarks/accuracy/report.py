@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchmarks.accuracy.run import RESULTS, TASKS, load_task, norms
 from benchmarks.report import rewrite
+from sn_openmmlab.analysis import mean_ratios
 from sn_openmmlab.skeleton import part_name
 
 README = Path(__file__).parent / 'README.md'
@@ -29,13 +30,13 @@ def main(argv: list[str] | None = None) -> None:
     by_task = {task: load(task) for task in TASKS}
     parts = [tables(task, results) for task, results in by_task.items() if results]
     scratch = {task: results for task, results in by_task.items() if not hasattr(load_task(task), 'NORMS')}
-    finetuned = {task: results for task, results in by_task.items() if task not in scratch}
+    finetuned = summary({task: results for task, results in by_task.items() if task not in scratch})
     rewrite(
         {
             (README, 'tables'): parts,
             (HOME, 'accuracy'): [summary(scratch)],
-            (HOME, 'finetuning'): [summary(finetuned)],
-            (GUIDE, 'finetuning'): [summary(finetuned)],
+            (HOME, 'finetuning'): [finetuned],
+            (GUIDE, 'finetuning'): [finetuned],
         },
         args.check,
     )
@@ -108,8 +109,8 @@ def ratios(results: list[dict]) -> list[str]:
     for (norm, part), layers in parts.items():
         layers = [values for values in layers if len(values[0]) == 3]  # with BN
         if layers:
-            means = [[statistics.mean(values[kind][k] for values in layers) for k in range(3)] for kind in range(2)]
-            rows.append(f'| {norm} | {part} | ' + ' | '.join(f'{ratio:.3f}' for kind in means for ratio in kind) + ' |')
+            means = ' | '.join(f'{ratio:.3f}' for ratio in mean_ratios(layers).flat)
+            rows.append(f'| {norm} | {part} | {means} |')
     head = ['', 'Importance ratios after the last epoch, mean over layers and seeds:', '']
     head += ['| norm | part | IN, means | LN, means | BN, means | IN, variances | LN, variances | BN, variances |']
     return [*head, '| :--- | :--- |' + ' ---: |' * 6, *rows] if rows else []

@@ -23,6 +23,11 @@ _load: object = None
 _warned: object = None
 
 
+def equal_ratios(normalizers: tuple[str, ...]) -> tuple[float, ...]:
+    """Importance ratios of a layer that starts from scratch."""
+    return (1 / len(normalizers),) * len(normalizers)
+
+
 def start_ratios(normalizers: tuple[str, ...], init_ratios) -> tuple[float, ...]:
     """Importance ratios of a layer whose weights come from a BatchNorm: those named, else near BatchNorm's.
 
@@ -31,7 +36,7 @@ def start_ratios(normalizers: tuple[str, ...], init_ratios) -> tuple[float, ...]
     if init_ratios is not None:
         return tuple(init_ratios)
     if 'bn' not in normalizers:
-        return (1 / len(normalizers),) * len(normalizers)
+        return equal_ratios(normalizers)
     others = len(normalizers) - 1
     return (NEAR,) * others + (1 - others * NEAR,)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
-from math import inf
 from numbers import Integral, Real
 
 import torch
@@ -19,6 +18,7 @@ from ..ops.function import quiet_in_traces
 from . import batch_statistics
 from .loading import (
     correct_for_blend,
+    equal_ratios,
     explain_sizes,
     like,
     note_start,
@@ -108,7 +108,9 @@ class SwitchNorm(nn.InstanceNorm2d):
     ) -> None:
         normalizers = _checked_normalizers(normalizers)
         _check_ratios(normalizers, init_ratios)
-        if not (isinstance(num_features, Integral) and num_features >= 1 and isinstance(eps, Real) and 0 <= eps < inf):
+        if not (
+            isinstance(num_features, Integral) and num_features >= 1 and isinstance(eps, Real) and 0 <= eps < math.inf
+        ):
             raise ValueError(
                 'num_features must be a whole number of at least 1, and eps a finite number of at least 0, got '
                 f'{num_features!r} and {eps!r}'
@@ -166,7 +168,7 @@ class SwitchNorm(nn.InstanceNorm2d):
         """Set everything to its starting value: weight 1, bias 0, the ratios' logits, running statistics 0 and 1."""
         super().reset_parameters()
         if hasattr(self, 'bn'):  # not yet, when the base class calls this
-            ratios = self.init_ratios or (1 / len(self.normalizers),) * len(self.normalizers)
+            ratios = self.init_ratios or equal_ratios(self.normalizers)
             for logits in self.mean_weight, self.var_weight:
                 with torch.no_grad():
                     logits.copy_(self._logits(ratios))

@@ -170,7 +170,8 @@ FOR_EACH_CPU void sum_columns(const Algebra& t, int64_t begin, int64_t end) {
 
 FOR_EACH_CPU void coefficients(const Algebra& t, int64_t begin, int64_t end) {
     // -1 over the number of pixels that a normalizer pools
-    const double in = -1. / std::max<int64_t>(t.size, 1), ln = in / std::max<int64_t>(t.channels, 1), bn = t.frozen ? 0 : in / t.samples;
+    const double in = -1. / std::max<int64_t>(t.size, 1), ln = in / std::max<int64_t>(t.channels, 1);
+    const double bn = t.frozen ? 0 : in / t.samples;
     for (int64_t n = begin; n < end; ++n) {
         const double dmean_ln = t.rows[n].dmean * t.mean_ratios.ln * ln;
         const double dvar_ln = t.rows[n].dvar * t.var_ratios.ln * ln;
