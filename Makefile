@@ -13,7 +13,7 @@ setup: $(STAMP)
 
 # onedl-mmcv compiles for 5 to 8 minutes on 2 cores, which pip's --verbose shows; its wheel cache serves it after that.
 # Without debug information (-g0) that is half the work, for the same machine code.
-$(STAMP): $(wildcard requirements/*.txt) setup.py pyproject.toml $(wildcard sn_openmmlab/ops/*.cpp sn_openmmlab/ops/*.h)
+$(STAMP): $(wildcard requirements/*.txt) setup.py pyproject.toml $(wildcard sn_openmmlab/ops/backends/cpp/*.cpp sn_openmmlab/ops/backends/cpp/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(INSTALL) torch
 	$(INSTALL) --requirement requirements/build.txt

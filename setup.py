@@ -42,16 +42,16 @@ def libraries():
     if os.name != 'posix':
         return []
     openmp = ['-fopenmp'] if sys.platform != 'darwin' else []
-    sources = [ROOT / 'sn_openmmlab/ops' / name for name in ('passes.cpp', 'algebra.cpp', 'parallel.h')]
+    sources = [ROOT / 'sn_openmmlab/ops/backends/cpp' / name for name in ('passes.cpp', 'algebra.cpp', 'parallel.h')]
     stamp = f'{version()} {hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()}'
     flags = ['-std=c++17', '-O3', '-g0', '-fno-math-errno', '-fno-trapping-math', '-Wno-psabi', '-Wno-unknown-pragmas']
     return [
         Extension(
-            'sn_openmmlab.ops._cpp',
-            ['sn_openmmlab/ops/algebra.cpp', 'sn_openmmlab/ops/passes.cpp'],
-            depends=['sn_openmmlab/ops/parallel.h'],
+            'sn_openmmlab.ops.backends.cpp._cpp',
+            ['sn_openmmlab/ops/backends/cpp/algebra.cpp', 'sn_openmmlab/ops/backends/cpp/passes.cpp'],
+            depends=['sn_openmmlab/ops/backends/cpp/parallel.h'],
             py_limited_api=True,  # loaded by ctypes, and the same for every Python
-            define_macros=[('SN_STAMP', f'"{stamp}"')],  # cpp_algebra.py compares it before the first call
+            define_macros=[('SN_STAMP', f'"{stamp}"')],  # cpp/algebra.py compares it before the first call
             extra_compile_args=[*flags, *openmp],
             extra_link_args=openmp,
             language='c++',

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from benchmarks.harness import Stopwatch, compare, environment, keep_freed_memory, kept_bytes, peak_bytes, write
 from sn_openmmlab import SwitchNorm
-from sn_openmmlab.ops import NORMALIZERS, cpp, function
+from sn_openmmlab.ops import NORMALIZERS, backends
+from sn_openmmlab.ops.backends import cpp
 
 SHAPES = {  # the first five are those of the published comparison in this project's goal, the others come on top
     'R-50-FPN stem': (2, 64, 200, 336),
@@ -118,7 +119,7 @@ PASSES = {  # in copies of the map: half of one for what is read or written, Non
 
 def passes(layer: SwitchNorm, x: Tensor, dy: Tensor) -> Callable[[], dict[str, float]]:
     """The four passes and the algebra between them, of the backend that is chosen by itself, one by one."""
-    backend, h, dh = function._backend_for(x.device, x.dtype), x.detach().flatten(2), dy.flatten(2)
+    backend, h, dh = backends.choose(x.device, x.dtype), x.detach().flatten(2), dy.flatten(2)
     logits = layer.mean_weight.detach(), layer.var_weight.detach()
     weight, bias, rest = layer.weight.detach(), layer.bias.detach(), (NORMALIZERS, layer.eps, h.shape[2])
 

@@ -33,7 +33,7 @@ from sn_openmmlab import (
     swap_norm,
 )
 from sn_openmmlab.ops import switch_norm_reference
-from sn_openmmlab.ops.graph import switch_norm_graph
+from sn_openmmlab.ops.formula import switch_norm_graph
 
 SIZES = [(2, 3, 64, 48), (1, 3, 32, 96), (3, 3, 48, 48)]  # the first is exported
 EXPORTERS = {'torchscript': 17, 'torch.export': 18}  # the oldest opset of each that is promised

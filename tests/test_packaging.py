@@ -31,8 +31,8 @@ print(sn_openmmlab.__file__, Config.fromfile('own.py').model.backbone.norm_cfg.t
 
 PRINT_BACKEND = """
 import torch
-from sn_openmmlab.ops import function
-print(function._backend_for(torch.device('cpu'), torch.float32).__name__)
+from sn_openmmlab.ops import backends
+print(backends.choose(torch.device('cpu'), torch.float32).__name__)
 """
 BACKEND = 'cpp' if shutil.which(os.environ.get('CXX', 'c++')) else 'native'  # what an install gets here
 
@@ -80,7 +80,9 @@ def files(folder):
 
 def libraries(folder):
     """The libraries of compiled code, relative to the package in ``folder``."""
-    return {p.relative_to(folder / 'sn_openmmlab').as_posix() for p in folder.glob('sn_openmmlab/ops/_cpp.*')}
+    return {
+        p.relative_to(folder / 'sn_openmmlab').as_posix() for p in folder.glob('sn_openmmlab/ops/backends/cpp/_cpp.*')
+    }
 
 
 def test_the_wheel_carries_package_configs_and_tools(wheel, source, tmp_path):
@@ -113,7 +115,7 @@ def test_metadata(wheel, tmp_path):
 
 def test_one_wheel_serves_all_pythons(wheel):
     assert '-cp38-abi3-' in wheel.name
-    assert 'sn_openmmlab/ops/_cpp.abi3.so' in zipfile.ZipFile(wheel).namelist() or BACKEND == 'native'
+    assert 'sn_openmmlab/ops/backends/cpp/_cpp.abi3.so' in zipfile.ZipFile(wheel).namelist() or BACKEND == 'native'
 
 
 def test_an_installed_wheel(wheel, environment, tmp_path):
@@ -124,14 +126,14 @@ def test_an_installed_wheel(wheel, environment, tmp_path):
     tools = Path(place).parent / '.mim/tools'
     assert 'usage: train.py' in run(environment, tools / 'train.py', '--help')
     assert os.access(tools / 'dist_train.sh', os.X_OK)
-    assert run(environment, '-c', PRINT_BACKEND, cwd=tmp_path).strip() == f'sn_openmmlab.ops.{BACKEND}'
+    assert run(environment, '-c', PRINT_BACKEND, cwd=tmp_path).strip() == f'sn_openmmlab.ops.backends.{BACKEND}'
 
 
 def test_an_editable_install(source, environment, tmp_path):
     run(environment, *pip('install'), '--ignore-installed', '--editable', source)
     place, norm = run(environment, '-c', PRINT_INHERITED, cwd=tmp_path).split()
     assert Path(place) == source / 'sn_openmmlab/__init__.py' and norm == 'SN'
-    assert run(environment, '-c', PRINT_BACKEND, cwd=tmp_path).strip() == f'sn_openmmlab.ops.{BACKEND}'
+    assert run(environment, '-c', PRINT_BACKEND, cwd=tmp_path).strip() == f'sn_openmmlab.ops.backends.{BACKEND}'
     new = source / 'configs' / CONFIG.replace('mask', 'new')
     shutil.copy(source / 'configs' / CONFIG, new)  # an editable install follows the source tree
     assert (source / 'sn_openmmlab/.mim/configs' / CONFIG.replace('mask', 'new')).read_text() == new.read_text()
@@ -143,7 +145,7 @@ def test_without_a_compiler_an_install_takes_torchs_kernels(source, environment,
     shutil.copytree(source, copy, ignore=shutil.ignore_patterns('build', '*.so', '.mim'))
     none = dict(CC='no-such-compiler', CXX='no-such-compiler')
     run(environment, *pip('install'), '--ignore-installed', copy, env={**os.environ, **none})
-    assert run(environment, '-c', PRINT_BACKEND, cwd=tmp_path).strip() == 'sn_openmmlab.ops.native'
+    assert run(environment, '-c', PRINT_BACKEND, cwd=tmp_path).strip() == 'sn_openmmlab.ops.backends.native'
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from ..convert import is_mm_sync_bn
-from ..ops.reference import moments_dtype
+from ..ops.formula import moments_dtype
 from ..skeleton import unwrapped
 
 

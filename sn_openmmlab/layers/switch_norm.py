@@ -14,7 +14,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..ops import NORMALIZERS, switch_norm
-from ..ops.function import quiet_in_traces
+from ..ops.switch_norm import quiet_in_traces
 from . import batch_statistics
 from .loading import (
     correct_for_blend,

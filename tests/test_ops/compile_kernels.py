@@ -10,8 +10,9 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from sn_openmmlab.ops import NORMALIZERS, triton_algebra
-from sn_openmmlab.ops import triton as passes
+from sn_openmmlab.ops import NORMALIZERS
+from sn_openmmlab.ops.backends.triton_kernels import algebra as triton_algebra
+from sn_openmmlab.ops.backends.triton_kernels import passes
 
 
 class Hopper:
@@ -39,7 +40,7 @@ def maps(n, c, size, dtype, channels_last):
 
 
 def run(x, names):
-    """What function.py calls, forward and backward."""
+    """What the op calls, forward and backward."""
     n, c, size = x.shape
     logits, channel = torch.empty(len(names), device='meta'), torch.empty(c, dtype=x.dtype, device='meta')
     mean, var = passes.moments(x)

@@ -15,7 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sn_openmmlab.ops import NORMALIZERS, algebra, cpp, function, native, switch_norm
+from sn_openmmlab.ops import NORMALIZERS, backends, switch_norm
+from sn_openmmlab.ops.backends import algebra, cpp, native
 from sn_openmmlab.ops.torch_versions import VERSION
 
 CPU = torch.device('cpu')
@@ -187,10 +188,10 @@ def test_other_default_devices_do_not_matter():
 @needs_library
 def test_cpp_is_the_backend_on_the_cpu(monkeypatch):
     monkeypatch.delenv('SN_BACKEND', raising=False)
-    assert all(function._backend_for(CPU, dtype) is cpp for dtype in DTYPES)
-    assert all(function._backend_for(CPU, dtype) is native for dtype in (torch.float16, torch.float64))
+    assert all(backends.choose(CPU, dtype) is cpp for dtype in DTYPES)
+    assert all(backends.choose(CPU, dtype) is native for dtype in (torch.float16, torch.float64))
     monkeypatch.setenv('SN_BACKEND', 'native')
-    assert function._backend_for(CPU, torch.float32) is native
+    assert backends.choose(CPU, torch.float32) is native
 
 
 def test_an_impossible_choice_is_an_error(monkeypatch):
@@ -212,7 +213,7 @@ def test_without_a_library_native_serves_silently(monkeypatch, fresh):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        assert function._backend_for(CPU, torch.float32) is native
+        assert backends.choose(CPU, torch.float32) is native
 
 
 def test_a_library_that_cannot_be_loaded_is_said_once(monkeypatch, fresh, tmp_path):
@@ -223,10 +224,10 @@ def test_a_library_that_cannot_be_loaded_is_said_once(monkeypatch, fresh, tmp_pa
     with pytest.raises(OSError):
         ctypes.CDLL(str(broken))
     with pytest.warns(UserWarning, match='cannot be loaded: .*_cpp.so.*Install sn_openmmlab anew'):
-        assert function._backend_for(CPU, torch.float32) is native
+        assert backends.choose(CPU, torch.float32) is native
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        assert function._backend_for(CPU, torch.float32) is native
+        assert backends.choose(CPU, torch.float32) is native
 
 
 def pretend_installed(monkeypatch, path):
@@ -243,7 +244,7 @@ def test_a_library_of_other_code_is_not_taken(monkeypatch, fresh, tmp_path):
     monkeypatch.delenv('SN_BACKEND', raising=False)
     monkeypatch.setattr(cpp.algebra, '_SOURCES', [changed, *cpp.algebra._SOURCES[1:]])
     with pytest.warns(UserWarning, match='has changed since it was compiled. Install sn_openmmlab anew'):
-        assert function._backend_for(CPU, torch.float32) is native
+        assert backends.choose(CPU, torch.float32) is native
 
 
 @needs_library
@@ -253,7 +254,7 @@ def test_a_library_whose_code_was_only_touched_is_taken(monkeypatch, fresh, tmp_
         copy.write_bytes(source.read_bytes())
     monkeypatch.delenv('SN_BACKEND', raising=False)
     monkeypatch.setattr(cpp.algebra, '_SOURCES', copies)
-    assert function._backend_for(CPU, torch.float32) is cpp
+    assert backends.choose(CPU, torch.float32) is cpp
 
 
 @needs_library
@@ -263,20 +264,20 @@ def test_a_library_of_another_version_is_not_taken(monkeypatch, fresh):
     monkeypatch.setattr(cpp.algebra, '_SOURCES', [Path('not in a wheel.cpp')])
     monkeypatch.setattr(cpp.algebra, '__version__', '99.0')
     with pytest.warns(UserWarning, match=r'compiled for version .* and this is 99\.0'):
-        assert function._backend_for(CPU, torch.float32) is native
+        assert backends.choose(CPU, torch.float32) is native
 
 
 def test_a_library_without_the_functions_is_not_taken(monkeypatch, fresh):
     pretend_installed(monkeypatch, _ctypes.__file__)  # some library
     with pytest.warns(UserWarning, match='cannot be loaded: .*undefined symbol: sn_stamp'):
-        assert function._backend_for(CPU, torch.float32) is native
+        assert backends.choose(CPU, torch.float32) is native
 
 
 @needs_library
 @pytest.mark.parametrize('part', [0.0, 0.02, 0.5, 0.92, 0.999])
 def test_a_library_that_is_cut_off_does_not_end_the_process(part, tmp_path):
     """As by a full disk; loading it is what did."""
-    whole = Path(importlib.util.find_spec('sn_openmmlab.ops._cpp').origin).read_bytes()
+    whole = Path(importlib.util.find_spec('sn_openmmlab.ops.backends.cpp._cpp').origin).read_bytes()
     cut = tmp_path / '_cpp.so'
     cut.write_bytes(whole[: int(len(whole) * part)])
     code = (

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
-from sn_openmmlab.ops import NORMALIZERS, cpp, native, switch_norm, switch_norm_reference
+from sn_openmmlab.ops import NORMALIZERS, switch_norm, switch_norm_reference
+from sn_openmmlab.ops.backends import cpp, native
 from sn_openmmlab.ops.torch_versions import VERSION
 
 BACKENDS = ['reference', 'native']

@@ -12,13 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from sn_openmmlab.ops import NORMALIZERS, function, native, switch_norm
+from sn_openmmlab.ops import NORMALIZERS, backends, switch_norm
+from sn_openmmlab.ops.backends import native
 
 triton = pytest.importorskip('triton', reason='Triton is not installed')
 tl = triton.language
-passes = pytest.importorskip('sn_openmmlab.ops.triton', reason='Triton is older than 3.0', exc_type=ImportError)
+passes = pytest.importorskip(
+    'sn_openmmlab.ops.backends.triton_kernels.passes', reason='Triton is older than 3.0', exc_type=ImportError
+)
 
-from sn_openmmlab.ops import triton_algebra  # noqa: E402  (needs Triton)
+from sn_openmmlab.ops.backends.triton_kernels import algebra as triton_algebra  # noqa: E402  (needs Triton)
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 if passes.lacks(torch.device(DEVICE), torch.float32):
@@ -199,7 +202,7 @@ def test_results_repeat_bit_for_bit(way):
 
 @pytest.mark.parametrize('shape', [(0, 4, 7, 7), (0, 4), (2, 4, 0, 3)], ids=str)
 def test_empty_input_launches_nothing(shape, monkeypatch):
-    function._triton(torch.device(DEVICE), torch.float64)  # which launches a kernel the first time
+    backends._triton(torch.device(DEVICE), torch.float64)  # which launches a kernel the first time
     for module in passes, triton_algebra:
         monkeypatch.setattr(module, 'launch', None)
     args, stats = arguments(4)
@@ -360,15 +363,15 @@ def test_a_device_that_is_not_the_current_one():
 
 def test_triton_is_the_backend_on_cuda(monkeypatch):
     monkeypatch.delenv('SN_BACKEND', raising=False)
-    monkeypatch.setattr(function, '_triton', lambda device, dtype: (passes, None))
-    assert function._backend_for(torch.device('cuda'), torch.float32) is passes
-    assert function._backend_for(torch.device('cpu'), torch.float16) is native
+    monkeypatch.setattr(backends, '_triton', lambda device, dtype: (passes, None))
+    assert backends.choose(torch.device('cuda'), torch.float32) is passes
+    assert backends.choose(torch.device('cpu'), torch.float16) is native
 
 
 @pytest.fixture
 def asked_anew():
     """Whether Triton runs is found out once, and said once."""
-    caches = function._triton, function._warn_once
+    caches = backends._triton, backends._warn_once
     [each.cache_clear() for each in caches]
     yield
     [each.cache_clear() for each in caches]
@@ -380,9 +383,9 @@ def launch_without_compiler(*args, **kwargs):
 
 def import_old(monkeypatch):
     monkeypatch.setattr(triton, '__version__', '2.1.0')
-    monkeypatch.delitem(sys.modules, 'sn_openmmlab.ops.triton')
-    monkeypatch.delitem(sys.modules, 'sn_openmmlab.ops.triton_algebra')
-    monkeypatch.delattr(sys.modules['sn_openmmlab.ops'], 'triton')
+    monkeypatch.delitem(sys.modules, 'sn_openmmlab.ops.backends.triton_kernels.passes')
+    monkeypatch.delitem(sys.modules, 'sn_openmmlab.ops.backends.triton_kernels.algebra')
+    monkeypatch.delattr(sys.modules['sn_openmmlab.ops.backends.triton_kernels'], 'passes')
 
 
 def import_none(monkeypatch):
@@ -410,15 +413,15 @@ def test_native_stands_in_and_says_why_once(monkeypatch, asked_anew, without, dt
     without(monkeypatch)
     monkeypatch.setenv('SN_BACKEND', 'triton')
     with pytest.raises(RuntimeError, match=f"'triton'.*{reason}.*unset SN_BACKEND"):
-        function._backend_for(device, dtype)
+        backends.choose(device, dtype)
     monkeypatch.delenv('SN_BACKEND')
-    cuda, ask = torch.device('cuda'), function._triton  # there is none here: what it says of the CPU is taken for it
-    monkeypatch.setattr(function, '_triton', lambda _, dtype: ask(device, dtype))
+    cuda, ask = torch.device('cuda'), backends._triton  # there is none here: what it says of the CPU is taken for it
+    monkeypatch.setattr(backends, '_triton', lambda _, dtype: ask(device, dtype))
     with pytest.warns(UserWarning, match=f'slower kernels.*{reason}'):
-        assert function._backend_for(cuda, dtype) is native
+        assert backends.choose(cuda, dtype) is native
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        assert function._backend_for(cuda, dtype) is native
+        assert backends.choose(cuda, dtype) is native
 
 
 # Without the interpreter
@@ -433,7 +436,7 @@ def test_triton_is_imported_only_when_wanted():
     code = (
         'import sys, torch; from sn_openmmlab import switch_norm;'
         'switch_norm(torch.zeros(2, 6), torch.ones(3), torch.ones(3));'
-        "print('sn_openmmlab.ops.triton' in sys.modules)"
+        "print('sn_openmmlab.ops.backends.triton_kernels.passes' in sys.modules)"
     )
     assert alone('-c', code).split()[-1] == 'False'
 

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ..formula import moments_dtype
+from ..torch_versions import VERSION
 from . import algebra  # noqa: F401  (part of a backend's interface)
-from .reference import moments_dtype
-from .torch_versions import VERSION
 
 _aten = torch.ops.aten
 _SMALL = 64  # pixels of a map below which calling a kernel for it costs more than its work

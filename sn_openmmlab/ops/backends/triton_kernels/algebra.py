@@ -1,9 +1,9 @@
-"""The algebra of :mod:`.algebra` in Triton: one launch each way, so that small layers do not wait for launches.
+"""The algebra of :mod:`..algebra` in Triton: one launch each way, so that small layers do not wait for launches.
 
-Notation and arguments are those of :mod:`.algebra`; distances between means are formed in float64, all else in the
+Notation and arguments are those of :mod:`..algebra`; distances between means are formed in float64, all else in the
 dtype of the moments. A program holds a tile of (N, C) in registers. If one can hold everything it runs alone; else a
 first launch takes the sums over rows, all channels of a sample, and a second one those over columns, all samples of a
-channel. Sums over a process group, and tensors too large, go to :mod:`.algebra`.
+channel. Sums over a process group, and tensors too large, go to :mod:`..algebra`.
 """
 
 # no `from __future__ import annotations`: Triton 3.0 takes tl.constexpr for what it is only where it is evaluated
@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import algebra
-from .reference import NORMALIZERS
+from ...formula import NORMALIZERS
+from .. import algebra
 
 VERSION = tuple(map(int, triton.__version__.split('.')[:2]))
 if VERSION < (3, 0):
@@ -30,7 +30,7 @@ _LONGEST = 8192  # the most rows or columns that fit into registers
 def forward(
     mean_in, var_in, mean_bn, var_bn, mean_weight, var_weight, weight, bias, normalizers, eps, size, group
 ) -> 'tuple[Tensor, Tensor, tuple[Tensor | None, ...], Tensor | int | None]':
-    """Coefficients of the forward pass from IN moments: see :func:`.algebra.forward`."""
+    """Coefficients of the forward pass from IN moments: see :func:`..algebra.forward`."""
     if not _fits(mean_in, size, group):
         return algebra.forward(
             mean_in, var_in, mean_bn, var_bn, mean_weight, var_weight, weight, bias, normalizers, eps, size, group
@@ -52,7 +52,7 @@ def forward(
 def backward(
     sum_dy, sum_dyx, saved, mean_weight, var_weight, weight, normalizers, eps, size, count, group
 ) -> 'tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]':
-    """Coefficients of the backward pass, and the gradients of everything small: see :func:`.algebra.backward`."""
+    """Coefficients of the backward pass, and the gradients of everything small: see :func:`..algebra.backward`."""
     mean_in = saved[0]
     if not _fits(mean_in, size, group):
         return algebra.backward(

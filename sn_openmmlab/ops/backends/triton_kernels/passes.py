@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import triton_algebra as algebra  # noqa: F401  (part of a backend's interface)
-from .reference import moments_dtype
-from .triton_algebra import VERSION, Plan, launch, pool
+from ...formula import moments_dtype
+from . import algebra  # noqa: F401  (part of a backend's interface)
+from .algebra import VERSION, Plan, launch, pool
 
 
 def lacks(device: torch.device, dtype: torch.dtype) -> 'str | None':

@@ -1,5 +1,5 @@
-// The algebra of algebra.py on the CPU, with its names: one call each way, so that small layers do not wait for some
-// thirty operations. cpp_algebra.py calls the functions at the end.
+// The algebra of backends/algebra.py on the CPU, with its names: one call each way, so that small layers do not wait for
+// some thirty operations. algebra.py calls the functions at the end.
 //
 // Moments of maps and coefficients are float32, (samples, channels). Joint moments and all sums are float64, so that
 // distances between means do not cancel.
@@ -23,7 +23,7 @@ struct Row {  // sums over the channels of a sample
     double dvar_in, dvar_bn;    // of dvar times the variance
 };
 
-struct Arguments {  // as in cpp_algebra.py
+struct Arguments {  // as in algebra.py
     int64_t samples, channels, size, threads;
     int64_t in, ln, bn;  // the normalizers' places among the logits, -1 for what takes no part
     int64_t frozen;      // whether the BN moments are constants

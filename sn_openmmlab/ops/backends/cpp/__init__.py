@@ -1,7 +1,7 @@
 """The four big passes in C++: for the CPU, in float32 and bfloat16, where the install could compile them.
 
 ``passes.cpp`` and ``algebra.cpp`` get pointers and sizes, and know nothing of torch: compiled once, they serve every
-version of torch. Maps, moments and coefficients are those of :mod:`.native`.
+version of torch. Maps, moments and coefficients are those of :mod:`..native`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import cpp_algebra as algebra  # noqa: F401  (part of a backend's interface)
-from .cpp_algebra import library, pointer
+from . import algebra  # noqa: F401  (part of a backend's interface)
+from .algebra import library, pointer
 
 
 def runs_on(device: torch.device, dtype: torch.dtype) -> bool:

@@ -1,6 +1,6 @@
-"""The algebra of :mod:`.algebra` in C++: one call each way, so that small layers do not wait for many small operations.
+"""The algebra of :mod:`..algebra` in C++: one call each way, so that small layers do not wait for many operations.
 
-Arguments and names are those of :mod:`.algebra`; joint moments are float64. Sums over a process group go there.
+Arguments and names are those of :mod:`..algebra`; joint moments are float64. Sums over a process group go there.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..version import __version__
-from . import algebra
+from ....version import __version__
+from .. import algebra
 
 _SOURCES = [Path(__file__).with_name(name) for name in ('passes.cpp', 'algebra.cpp', 'parallel.h')]  # not in a wheel
 
@@ -38,7 +38,7 @@ class _Arguments(ctypes.Structure):
 def forward(
     mean_in, var_in, mean_bn, var_bn, mean_weight, var_weight, weight, bias, normalizers, eps, size, group
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...], Tensor | int | None]:
-    """Coefficients of the forward pass from IN moments: see :func:`.algebra.forward`."""
+    """Coefficients of the forward pass from IN moments: see :func:`..algebra.forward`."""
     if group is not None:
         return algebra.forward(
             mean_in, var_in, mean_bn, var_bn, mean_weight, var_weight, weight, bias, normalizers, eps, size, group
@@ -61,7 +61,7 @@ def forward(
 def backward(
     sum_dy, sum_dyx, saved, mean_weight, var_weight, weight, normalizers, eps, size, count, group
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Coefficients of the backward pass, and the gradients of everything small: see :func:`.algebra.backward`."""
+    """Coefficients of the backward pass, and the gradients of everything small: see :func:`..algebra.backward`."""
     if group is not None:
         return algebra.backward(
             sum_dy, sum_dyx, saved, mean_weight, var_weight, weight, normalizers, eps, size, count, group

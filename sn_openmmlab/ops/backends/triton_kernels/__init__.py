@@ -1,0 +1,1 @@
+"""Triton kernels, for CUDA: the four big passes, and the algebra between them."""
