@@ -117,6 +117,35 @@ def test_nan_stays_in_its_map(dtype):
         assert moment.isfinite().equal(torch.tensor([[True, False, True], [True, True, False]]))
 
 
+HUGE = Path('/sys/kernel/mm/transparent_hugepage/enabled')  # what Linux has, but not in every container
+
+
+def flags_of(tensor):
+    """What Linux notes of the memory in the middle of a tensor."""
+    middle, inside = tensor.data_ptr() + tensor.numel() * tensor.element_size() // 2, False
+    for line in Path('/proc/self/smaps').read_text().splitlines():
+        first, *rest = line.split()
+        if '-' in first and not first.endswith(':'):
+            begin, end = (int(address, 16) for address in first.split('-'))
+            inside = begin <= middle < end
+        elif first == 'VmFlags:' and inside:
+            return rest
+    raise LookupError(middle)
+
+
+@needs_library
+@pytest.mark.skipif(not HUGE.exists(), reason='this system has no transparent huge pages')
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('channels_last', [False, True], ids=['contiguous', 'channels last'])
+def test_large_outputs_ask_for_huge_pages(dtype, channels_last):
+    for mebibytes, asks in (4, False), (36, True):
+        x = torch.zeros(1, 64, mebibytes * 2**14 // torch.finfo(dtype).bits * 8, dtype=dtype)
+        x = x.mT.contiguous().mT if channels_last else x
+        coefficients = small(1, 64, 0), small(1, 64, 1), small(1, 64, 2), small(1, 64, 3)
+        assert ('hg' in flags_of(cpp.affine(x, *coefficients[:3]))) == asks
+        assert ('hg' in flags_of(cpp.combine(x, x, *coefficients))) == asks
+
+
 SUBSETS = [names for k in (1, 2, 3) for names in itertools.combinations(NORMALIZERS, k)] + [('bn', 'in', 'ln')]
 
 
