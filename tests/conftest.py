@@ -7,7 +7,7 @@ from processes import Processes
 
 
 @pytest.fixture(autouse=True)
-def no_rest_of_safe_load():
+def no_rest_of_safe_reading():
     """Whatever reads checkpoints as data sets this variable for its whole process, which here is everybody's."""
     yield
     os.environ.pop('TORCH_FORCE_WEIGHTS_ONLY_LOAD', None)

@@ -31,9 +31,9 @@ from test_models import Said
 from torch import nn
 
 from sn_openmmlab import SwitchNorm
-from sn_openmmlab.checkpoint import convert
+from sn_openmmlab.checkpoint import convert_checkpoint
+from sn_openmmlab.checkpoint.read import read_checkpoints_as_data, read_state_dict
 from sn_openmmlab.ops.torch_versions import VERSION
-from sn_openmmlab.safe_load import read_checkpoints_as_data, read_state_dict
 
 TOOLS = Path(__file__).parents[1] / 'tools'
 SN_CFG = dict(type='SN')
@@ -154,7 +154,7 @@ class TestResNet:
     def test_variants(self, options, kind, ours):
         options = {'depth': 18, **options}
         net = ResNet(fc=False, **options)
-        state, report = convert(net.state_dict(), target=kind.split('.')[0])
+        state, report = convert_checkpoint(net.state_dict(), target=kind.split('.')[0])
         assert len(report.mapped) == len(net.state_dict()) and not report.skipped and not report.missing
         notes = '\n'.join(report.notes)
         assert ("normalizers=('in', 'ln')" in notes) == ('with_bn' in options)
@@ -168,7 +168,7 @@ class TestResNet:
     def test_mmpretrain_names(self, deep_stem):
         """mmpretrain is not installed here; its names of a stem of three are those of mmcv's ConvModule."""
         net = ResNet(18, deep_stem=deep_stem)
-        state, report = convert(net.state_dict(), target='mmpretrain')
+        state, report = convert_checkpoint(net.state_dict(), target='mmpretrain')
         assert not report.skipped and not report.missing and len(state) == len(net.state_dict())
         assert torch.equal(state['head.fc.weight'], net.fc.weight) and torch.equal(state['head.fc.bias'], net.fc.bias)
         stem = {key for key in state if key.startswith(('backbone.stem.', 'backbone.conv1.', 'backbone.bn1.'))}
@@ -178,13 +178,13 @@ class TestResNet:
         else:
             places = [('backbone.conv1', 'backbone.bn1')]
         assert stem == {f'{c}.weight' for c, _ in places} | {f'{n}.{t}' for _, n in places for t in tensors}
-        blocks = {f'backbone.{key}' for key in convert(net.state_dict())[0] if key.startswith('layer')}
+        blocks = {f'backbone.{key}' for key in convert_checkpoint(net.state_dict())[0] if key.startswith('layer')}
         assert state.keys() - stem - {'head.fc.weight', 'head.fc.bias'} == blocks
 
     def test_their_unbiased_variance_stays_a_small_difference(self, monkeypatch):
         """0.7 % of the last features of a 128 x 128 image (4 x 4 pixels), 0.03 % of a 512 x 512 one."""
         net = ResNet(18, fc=False)
-        ours = load_all(backbone(depth=18), convert(net.state_dict())[0])
+        ours = load_all(backbone(depth=18), convert_checkpoint(net.state_dict())[0])
         errors = {}
         for size in 128, 512:
             x = torch.randn(1, 3, size, size, dtype=torch.float64)
@@ -201,7 +201,7 @@ class TestResNet:
             for block in getattr(net, f'layer{number}'):
                 block.sn1, block.sn2 = SN(block.conv1.in_channels), SN(block.conv2.in_channels)
         with pytest.raises(ValueError, match='layer2.0.sn1 has 64 channels .* ResNet v2'):
-            convert(net.state_dict())
+            convert_checkpoint(net.state_dict())
 
 
 # -- segmentation ---------------------------------------------------------------------------------------------------
@@ -321,7 +321,7 @@ class TestDetectors:
 
     def test_faster_rcnn_with_two_layers_and_sn_in_the_backbone_only(self):
         theirs = MaskRCNN(sn=False)
-        state, report = convert(theirs.state_dict())
+        state, report = convert_checkpoint(theirs.state_dict())
         assert len(report.mapped) == len(theirs.state_dict()) and not report.missing
         head = dict(type='Shared2FCBBoxHead', norm_cfg=None)
         ours = detector('faster-rcnn', **{'model.neck.norm_cfg': None, 'model.roi_head.bbox_head': head})
@@ -330,7 +330,7 @@ class TestDetectors:
     def test_c4(self):
         """Without pyramid: res5 is the box head; two scores an anchor become mmdet's one."""
         theirs = FasterRCNNC4()
-        state, report = convert(theirs.state_dict())
+        state, report = convert_checkpoint(theirs.state_dict())
         assert len(report.mapped) == len(theirs.state_dict()) and not report.missing
         ours = load_all(build(c4_config()), state)
         x = torch.randn(1, 3, 96, 96, dtype=torch.float64)
@@ -348,26 +348,26 @@ class TestDetectors:
         state = FasterRCNNC4(classes=3).state_dict()
         state['Keypoint_Outs.classify.weight'] = torch.zeros(1)
         copies = {key.replace('Box_Head', 'Mask_Head'): value for key, value in state.items() if 'Box_Head' in key}
-        new, report = convert({**state, **copies})
+        new, report = convert_checkpoint({**state, **copies})
         reasons = {key: reason for key, reason in report.skipped.items()}
         assert reasons.keys() == copies.keys() | {'Keypoint_Outs.classify.weight'}
         assert 'keypoint' in reasons.pop('Keypoint_Outs.classify.weight') and 'again' in set(reasons.values()).pop()
         copies['Mask_Head.res5.1.sn2.bias'] = torch.ones(1, 512, 1, 1)
         with pytest.raises(ValueError, match='Mask_Head.res5.1.sn2 is not the box head'):
-            convert({**state, **copies})
+            convert_checkpoint({**state, **copies})
 
     def test_class_agnostic_predictors_stay(self, theirs):
         state = theirs.state_dict()
         for name, outputs in ('Box_Outs.bbox_pred', 4), ('Mask_Outs.classify', 1):
             state.update({f'{name}.{t}': state[f'{name}.{t}'][:outputs] for t in ('weight', 'bias')})
-        new, report = convert(state)
+        new, report = convert_checkpoint(state)
         assert torch.equal(new['roi_head.bbox_head.fc_reg.weight'], state['Box_Outs.bbox_pred.weight'])
         notes = ' '.join(report.notes)
         assert 'bbox_head.reg_class_agnostic=True' in notes and 'mask_head.class_agnostic=True' in notes
         state['Box_Outs.bbox_pred.bias'] = state['Box_Outs.bbox_pred.bias'].repeat(2)
         state['Box_Outs.bbox_pred.weight'] = state['Box_Outs.bbox_pred.weight'].repeat(2, 1)
         with pytest.raises(ValueError, match='fc_reg would have 8 outputs for 81 classes, not 324'):
-            convert(state)
+            convert_checkpoint(state)
 
     def test_folded_batch_norm_is_noted(self, theirs):
         """SN heads on a backbone with frozen BatchNorm, which Detectron stores as scale and shift."""
@@ -377,7 +377,7 @@ class TestDetectors:
                 state[key] = value
             elif key.endswith(('.weight', '.bias')):
                 state[key.replace('.sn', '.bn')] = value.reshape(-1)
-        new, report = convert(state)
+        new, report = convert_checkpoint(state)
         assert len(new) == len(state) and not report.missing
         assert 'BatchNorm folded' in ' '.join(report.notes)
         ours = detector('mask-rcnn', **{'model.backbone.norm_cfg': dict(type='BN', requires_grad=False)})
@@ -449,10 +449,10 @@ class TestBatchNorm:
 
     def test_names_for_mmpretrain_and_of_whole_models(self, theirs):
         state = torch.load(theirs[1])
-        new, report = convert(state, target='mmpretrain')
+        new, report = convert_checkpoint(state, target='mmpretrain')
         assert torch.equal(new['head.fc.bias'], state['fc.bias']) and 'backbone.layer1.0.bn1.bn.running_var' in new
         whole = {f'backbone.{key}': value for key, value in state.items() if not key.startswith('fc')}
-        new, _ = convert(whole, target='mmpretrain')
+        new, _ = convert_checkpoint(whole, target='mmpretrain')
         assert {key.replace('.bn.', '.') for key in new} == whole.keys()
 
     def test_the_description_of_the_data_stays(self, theirs, command, tmp_path):
@@ -473,9 +473,12 @@ class TestBatchNorm:
     @pytest.mark.parametrize('wrapper', ['module.', '_orig_mod.', 'module._orig_mod.', '_orig_mod.module.'])
     def test_what_wrappers_of_torch_put_in_front_goes(self, theirs, wrapper):
         state = torch.load(theirs[1])
-        assert convert({wrapper + key: value for key, value in state.items()})[0].keys() == convert(state)[0].keys()
+        assert (
+            convert_checkpoint({wrapper + key: value for key, value in state.items()})[0].keys()
+            == convert_checkpoint(state)[0].keys()
+        )
         inner = {key.replace('layer1.', 'layer1._orig_mod.'): value for key, value in state.items()}
-        assert convert(inner)[0].keys() == convert(state)[0].keys()
+        assert convert_checkpoint(inner)[0].keys() == convert_checkpoint(state)[0].keys()
 
     @pytest.mark.parametrize('prefix', ['model.', 'model.backbone.', 'encoder_q.', 'student.', 'net.encoder.'])
     def test_names_that_no_model_has_are_no_success(self, theirs, prefix, command, tmp_path, capsys):
@@ -492,12 +495,15 @@ class TestBatchNorm:
             CheckpointLoader.load_checkpoint(f'switchnorm://{path}')
         command(path, tmp_path / 'new.pth', '--prefix', prefix)
         assert f'skipped queue: not under {prefix}' in capsys.readouterr().out
-        assert torch.load(tmp_path / 'new.pth')['state_dict'].keys() >= convert(state)[0].keys()
+        assert torch.load(tmp_path / 'new.pth')['state_dict'].keys() >= convert_checkpoint(state)[0].keys()
         for same in prefix[:-1], f'module.{prefix}':
-            assert convert(foreign, prefix=same)[0].keys() == convert(foreign, prefix=prefix)[0].keys()
+            assert (
+                convert_checkpoint(foreign, prefix=same)[0].keys()
+                == convert_checkpoint(foreign, prefix=prefix)[0].keys()
+            )
         with pytest.raises(ValueError, match="none of its names begins with prefix='other.'; they are "):
-            convert(foreign, prefix='other.')
-        _, report = convert(foreign, prefix='')
+            convert_checkpoint(foreign, prefix='other.')
+        _, report = convert_checkpoint(foreign, prefix='')
         assert prefix + 'bn1.bn.running_mean' in report.mapped.values() and not report.skipped
         init_cfg = dict(type='Pretrained', checkpoint=str(path), prefix=f'module.{prefix}'[:-1])
         ours = backbone(depth=18, init_cfg=init_cfg)
@@ -509,7 +515,7 @@ class TestBatchNorm:
     )
     def test_names_that_models_have_stay(self, names):
         state = {f'{name}.running_mean': torch.ones(2) for name in names}
-        assert set(convert(state)[1].mapped) == state.keys()
+        assert set(convert_checkpoint(state)[1].mapped) == state.keys()
 
     def test_a_command_line_beside_the_weights_is_data(self, theirs, command, tmp_path):
         """As torchvision, DETR and DeiT save it. What SN layers advise for such a file works."""
@@ -580,7 +586,7 @@ class TestUnconverted:
         trained = {2: r"\('in', 'ln'\)", 3: r"\('in', 'ln', 'bn'\)"}[built]
         remedy = rf"trained with normalizers={trained}, .*norm_cfg=dict\(type='SN', normalizers="
         with pytest.raises(RuntimeError, match=remedy) as error:
-            ours.load_state_dict(convert(theirs.state_dict())[0])
+            ours.load_state_dict(convert_checkpoint(theirs.state_dict())[0])
         assert str(error.value).count('SwitchNorm layers of other normalizers') == 1
         path, said = save(theirs.state_dict(), tmp_path / 'theirs.pth'), Said()
         said.listen()
@@ -631,7 +637,7 @@ BAD = {
     'numbers': (lambda good, path: torch.save(dict(good, epoch=3), path), 'no state dict .* also epoch'),
     'nothing': (lambda good, path: torch.save(dict(state_dict={}), path), 'no state dict .* nothing'),
     'no norms': (lambda good, path: torch.save({'fc.weight': torch.ones(2)}, path), 'neither an SN nor a BatchNorm'),
-    'own': (lambda good, path: torch.save(convert(good)[0], path), 'names of OpenMMLab .*load it as it is'),
+    'own': (lambda good, path: torch.save(convert_checkpoint(good)[0], path), 'names of OpenMMLab .*load it as it is'),
     'unknown part': (lambda good, path: torch.save({**good, 'se.weight': torch.ones(2)}, path), 'se.weight'),
     'odd logits': (lambda good, path: torch.save({**good, 'sn1.var_weight': torch.ones(2)}, path), 'sn1 .*logits'),
     'sparse': (lambda good, path: torch.save(dict(good, w=torch.eye(2).to_sparse()), path), 'w is a sparse_coo tensor'),
@@ -782,7 +788,7 @@ def test_what_is_missing_and_what_looks_wrong_is_said(good):
         del state[key]
     state['layer1.0.sn1.running_var'] = torch.zeros(1, 8, 1)
     state['layer1.0.sn2.running_var'] = torch.full((1, 8, 1), torch.nan)
-    _, report = convert(state)
+    _, report = convert_checkpoint(state)
     assert set(report.missing) == {
         'bn1.bn.running_mean',
         'layer2.0.bn2.var_weight',
@@ -792,7 +798,9 @@ def test_what_is_missing_and_what_looks_wrong_is_said(good):
     text = str(report)
     assert re.search(r'layer1\.0\.bn1\.bn\.running_var: all 0', text)
     assert re.search(r'layer1\.0\.bn2\.bn\.running_var has values that are not finite', text)
-    _, report = convert({f'Conv_Body.res1.{key}': value for key, value in good.items() if key.startswith('sn1')})
+    _, report = convert_checkpoint(
+        {f'Conv_Body.res1.{key}': value for key, value in good.items() if key.startswith('sn1')}
+    )
     assert report.missing[0] == 'backbone.conv1.weight' and 'roi_head.bbox_head.fc_reg.weight' in report.missing
 
 

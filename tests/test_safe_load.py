@@ -20,9 +20,10 @@ from mmengine.runner import CheckpointLoader, Runner
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from sn_openmmlab import SparseSwitchNorm, safe_load
+from sn_openmmlab import SparseSwitchNorm
+from sn_openmmlab.checkpoint import read as module
+from sn_openmmlab.checkpoint.read import HARMLESS, TRUST, read_checkpoint, read_checkpoints_as_data, trusted
 from sn_openmmlab.ops.torch_versions import VERSION
-from sn_openmmlab.safe_load import HARMLESS, TRUST, read_checkpoint, read_checkpoints_as_data, trusted
 
 # -- what mmengine saves ----------------------------------------------------------------------------------------------
 
@@ -196,7 +197,7 @@ def test_a_training_goes_on_from_what_mmengine_saves(name, tmp_path):
 @pytest.fixture(params=[(2, 5), (2, 6)], ids=['own unpickler', 'of torch 2.6'])
 def read(tmp_path, request, monkeypatch):
     """Write an object as torch.save does, change the bytes, and read it as the tools do."""
-    monkeypatch.setattr(safe_load, 'VERSION', min(request.param, VERSION))
+    monkeypatch.setattr(module, 'VERSION', min(request.param, VERSION))
 
     def read(content, old=b'', new=b'', zipped=False):
         path = tmp_path / 'saved.pth'

@@ -13,8 +13,8 @@ from common import add_common_options, check_paths, load_config, run, save
 from mmengine.dist import is_main_process
 from mmengine.runner import Runner
 
+from sn_openmmlab.checkpoint.read import read_checkpoint, state_dict_in
 from sn_openmmlab.hooks.batch_average import average_runner_statistics, statistics_layers
-from sn_openmmlab.safe_load import read_checkpoint, state_dict_in
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -20,7 +20,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 import sn_openmmlab  # noqa: F401  (registers SN, also where the config forgets custom_imports)
-from sn_openmmlab.safe_load import TRUST, read_checkpoints_as_data
+from sn_openmmlab.checkpoint.read import TRUST, read_checkpoints_as_data
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:

@@ -11,8 +11,8 @@ import argparse
 from common import check_paths, save
 
 from sn_openmmlab import __version__
-from sn_openmmlab.checkpoint import RULES, TARGETS, convert, description
-from sn_openmmlab.safe_load import read_checkpoint, state_dict_in
+from sn_openmmlab.checkpoint.convert import RULES, TARGETS, convert_checkpoint, description
+from sn_openmmlab.checkpoint.read import read_checkpoint, state_dict_in
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         state_dict.update(tensors)
         meta.update(description(content))
     try:
-        result, report = convert(state_dict, args.source, args.target, args.init_ratios, args.prefix)
+        result, report = convert_checkpoint(state_dict, args.source, args.target, args.init_ratios, args.prefix)
     except ValueError as error:
         parser.error(f'{" ".join(args.src)}: {error}')
     meta.update(sn_openmmlab_version=__version__, converted_from=report.source)

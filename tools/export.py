@@ -23,7 +23,7 @@ from torch.export import Dim
 from torch.utils._pytree import tree_leaves
 
 from sn_openmmlab import SwitchNorm, fold_batch_norm
-from sn_openmmlab.safe_load import read_state_dict
+from sn_openmmlab.checkpoint.read import read_state_dict
 
 TOLERANCE = 1e-4  # of the largest output of the model, or of 1
 AXES = {0: 'batch', 2: 'height', 3: 'width'}

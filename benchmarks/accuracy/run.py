@@ -38,7 +38,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from benchmarks.accuracy.data import ROOT
 from benchmarks.harness import environment, write
 from sn_openmmlab import SwitchNorm, average_statistics
-from sn_openmmlab.safe_load import read_checkpoints_as_data
+from sn_openmmlab.checkpoint.read import read_checkpoints_as_data
 
 RESULTS = Path(__file__).parent / 'results'
 WORK_DIR = ROOT / 'work_dirs/accuracy'

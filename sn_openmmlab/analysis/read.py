@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checkpoint.read import read_state_dict
 from ..hooks.ratios import FILE, KINDS
 from ..ops import NORMALIZERS, sparsestmax
-from ..safe_load import read_state_dict
 from ..skeleton import part_name
 
 TAG = re.compile(rf'sn_(?!parts/)[^/]+/(.+)/({"|".join(KINDS)})_({"|".join(NORMALIZERS)})')

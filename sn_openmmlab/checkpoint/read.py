@@ -31,7 +31,7 @@ from mmengine.runner import checkpoint as mmengine_checkpoint
 from torch import Tensor
 from torch._weights_only_unpickler import _get_allowed_globals
 
-from .ops.torch_versions import VERSION
+from ..ops.torch_versions import VERSION
 
 TRUST = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'  # torch's own switch: unpickle whatever a file holds
 NO_DATA = 'a TorchScript archive, or one of torch 0.1, which cannot be read as data'

@@ -1,6 +1,7 @@
 """Checkpoints of the authors' SN models and of BatchNorm models, for the models of OpenMMLab with SN.
 
-``convert`` works on dicts of tensors; ``switchnorm://PATH`` does the same wherever a config names a checkpoint.
+:func:`convert_checkpoint` works on dicts of tensors; ``switchnorm://PATH`` does the same wherever a config names a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 from torch import Tensor
 
-from . import checkpoint_names as names
-from .layers import SwitchNorm
-from .layers.loading import AUTHORS_NAMES
-from .safe_load import read_checkpoint, state_dict_in
+from ..layers import SwitchNorm
+from ..layers.loading import AUTHORS_NAMES
+from . import names
+from .read import read_checkpoint, state_dict_in
 
 SCHEME = 'switchnorm://'
 TARGETS = ('mmdet', 'mmseg', 'mmpretrain')
@@ -56,7 +57,7 @@ class Report:
         return '\n  '.join([*lines, *(f'note: {note}' for note in self.notes)])
 
 
-def convert(
+def convert_checkpoint(
     state_dict: Mapping[str, Tensor],
     source: str = 'auto',
     target: str | None = None,
@@ -153,7 +154,7 @@ def load_from_switchnorm(filename: str, map_location=None) -> dict:
     """Read and convert ``switchnorm://PATH``, and log what became of the keys."""
     try:
         content = read_checkpoint(re.sub(f'^{SCHEME}', '', filename), map_location)
-        state_dict, report = convert(state_dict_in(content))
+        state_dict, report = convert_checkpoint(state_dict_in(content))
     except ValueError as error:
         raise ValueError(f'{filename}: {error}') from error
     print_log(str(report), logger='current')
