@@ -17,18 +17,17 @@ if importlib.util.find_spec('mmengine') is None:
         "or 'sn-openmmlab[openmmlab]' for upstream's"
     )
 
-from . import bases, flops
 from .analysis import read_ratios
-from .checkpoint import load_from_switchnorm  # noqa: F401  (registers switchnorm://)
 from .convert import convert_switch_norm, fold_batch_norm
-from .hooks import SNBatchAverageHook, SNRatioHook, SSNRadiusHook, average_statistics
+from .hooks import SNBatchAverageHook, SNRatioHook, SSNRadiusHook
 from .layers import SparseSwitchNorm, SwitchNorm, SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SyncSN
 from .ops import switch_norm
+from .register import register
+from .running_statistics import average_statistics
 from .swap import swap_norm
 from .version import __version__
 
-bases.register()
-flops.register()
+register()
 
 __all__ = [
     'SNBatchAverageHook',

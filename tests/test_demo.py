@@ -17,7 +17,7 @@ from pycocotools.coco import COCO
 from torch.nn.modules.batchnorm import _NormBase
 
 from sn_openmmlab import SwitchNorm
-from sn_openmmlab.skeleton import part_name
+from sn_openmmlab.norms import part_name
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / 'tools'))

@@ -44,7 +44,7 @@ from torch import nn
 
 import sn_openmmlab
 from sn_openmmlab import SwitchNorm
-from sn_openmmlab.skeleton import build, scope_of
+from sn_openmmlab.swap.build import build, scope_of
 
 ROOT = Path(__file__).parents[1]
 PATTERNS = '*.md', 'docs/**/*.md', 'configs/**/*.md', 'benchmarks/**/*.md'

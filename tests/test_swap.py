@@ -11,8 +11,9 @@ from mmengine.utils import get_installed_path
 from torch import nn
 
 from sn_openmmlab import SwitchNorm, swap_norm
-from sn_openmmlab.skeleton import build, compare, own_modules, part_of
+from sn_openmmlab.norms import own_modules, part_of
 from sn_openmmlab.swap import plan_swap
+from sn_openmmlab.swap.build import build, compare
 
 
 def config(name):

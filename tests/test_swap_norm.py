@@ -1,4 +1,4 @@
-"""tools/swap_norm.py and tools/sweep_configs.py as users run them."""
+"""tools/swap_norm.py and benchmarks/sweep_configs.py as users run them."""
 
 import importlib
 import json
@@ -10,6 +10,8 @@ import pytest
 from mmengine.config import Config
 from mmengine.utils import get_installed_path
 from test_tools import DETECTOR, SEGMENTOR, TOOLS, call
+
+from sn_openmmlab.swap import write
 
 FCOS = 'mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'
 FCN = 'mmseg::fcn/fcn_r18-d8_4xb2-80k_cityscapes-769x769.py'
@@ -200,7 +202,7 @@ def test_wrong_input_ends_before_anything_is_written(tool, capsys, argv, message
 
 
 def test_a_file_that_would_read_back_otherwise_is_not_written(tool, monkeypatch):
-    monkeypatch.setattr(tool, 'difference', lambda old, new, *_: {} if isinstance(new, dict) and 'type' in new else new)
+    monkeypatch.setattr(write, 'change', lambda old, new, *_: {} if isinstance(new, dict) and 'type' in new else new)
     with pytest.raises(AssertionError, match='reads back as another config in model'):
         tool.main([FCOS])
     assert not list(Path.cwd().iterdir())
@@ -225,7 +227,7 @@ def test_the_librarys_own_train_tool_takes_the_file(tool, library, text):
 
 
 def test_a_sweep_goes_on_where_it_stopped(tool):
-    sweep = [sys.executable, TOOLS / 'sweep_configs.py', '--out', 'sweep.jsonl', '--sample', '2']
+    sweep = [sys.executable, TOOLS.parent / 'benchmarks/sweep_configs.py', '--out', 'sweep.jsonl', '--sample', '2']
     out = call(Path.cwd(), *sweep)
     head, *records = map(json.loads, Path('sweep.jsonl').read_text().splitlines())
     assert {'torch', 'mmdet', 'mmseg', 'date'} <= set(head)

@@ -14,7 +14,7 @@ from mmengine.dist import is_main_process
 from mmengine.runner import Runner
 
 from sn_openmmlab.checkpoint.read import read_checkpoint, state_dict_in
-from sn_openmmlab.hooks.batch_average import average_runner_statistics, statistics_layers
+from sn_openmmlab.running_statistics import average_runner_statistics, statistics_layers
 
 
 def main(argv: list[str] | None = None) -> None:

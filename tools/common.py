@@ -99,13 +99,13 @@ def check_out(parser: argparse.ArgumentParser, dst: str, force: bool) -> None:
             parser.error(f'{dst!r} is a device or a pipe, which a file would replace; give the name of a file')
         if out.exists() and not force:
             parser.error(f'{dst!r} exists; --force replaces it')
-        part_of(out).touch()
-        part_of(out).unlink()
+        part_file(out).touch()
+        part_file(out).unlink()
     except OSError as error:
         parser.error(f'{dst!r} cannot be written: {error.strerror}')
 
 
-def part_of(path: Path, suffix: str = '') -> Path:
+def part_file(path: Path, suffix: str = '') -> Path:
     """The temporary name beside ``path``, or what it links to, of this process."""
     path = path.resolve()
     return path.with_name(f'{path.name[:50]}.{os.getpid()}.part{suffix}')  # in 255 bytes, of whatever alphabet
@@ -118,7 +118,7 @@ def writing(path: Path, suffix: str = '') -> Iterator[Path]:
     A link is followed, and stays. Whatever ends the work, nothing is left behind; a full disk, or the like, ends the
     program with a line.
     """
-    part = part_of(path, suffix)
+    part = part_file(path, suffix)
     try:
         with stopping():
             yield part

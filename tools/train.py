@@ -14,8 +14,7 @@ from mmengine.registry import MODELS
 from mmengine.runner import Runner
 
 from sn_openmmlab import SwitchNorm
-from sn_openmmlab.convert import is_switchable
-from sn_openmmlab.skeleton import own_modules, unwrapped
+from sn_openmmlab.norms import is_switchable, own_modules, unwrapped
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.accuracy.run import RESULTS, TASKS, load_task, norms
 from benchmarks.report import rewrite
 from sn_openmmlab.analysis import mean_ratios
-from sn_openmmlab.skeleton import part_name
+from sn_openmmlab.norms import part_name
 
 README = Path(__file__).parent / 'README.md'
 HOME = Path(__file__).resolve().parents[2] / 'README.md'

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..checkpoint.read import read_state_dict
 from ..hooks.ratios import FILE, KINDS
+from ..norms import part_name
 from ..ops import NORMALIZERS, sparsestmax
-from ..skeleton import part_name
 
 TAG = re.compile(rf'sn_(?!parts/)[^/]+/(.+)/({"|".join(KINDS)})_({"|".join(NORMALIZERS)})')
 NO_SN = "it has no SN layer (norm_cfg=dict(type='SN') makes a model with some)"

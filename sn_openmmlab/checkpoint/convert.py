@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 
 import torch
 from mmengine.logging import print_log
-from mmengine.runner import CheckpointLoader
 from torch import Tensor
 
 from ..layers import SwitchNorm
-from ..layers.loading import AUTHORS_NAMES
+from ..layers.state_dict import AUTHORS_NAMES
 from . import names
 from .read import read_checkpoint, state_dict_in
 
@@ -149,7 +148,6 @@ def convert_checkpoint(
     return result, report
 
 
-@CheckpointLoader.register_scheme(prefixes=SCHEME, force=True)
 def load_from_switchnorm(filename: str, map_location=None) -> dict:
     """Read and convert ``switchnorm://PATH``, and log what became of the keys."""
     try:

@@ -11,7 +11,7 @@ from mmengine.runner import IterBasedTrainLoop
 from torch import nn
 
 from ..layers import SwitchNorm
-from ..skeleton import part_name, unwrapped
+from ..norms import part_name, unwrapped
 
 FILE = 'importance_ratios.json'  # LocalVisBackend writes it into WORK_DIR/TIMESTAMP/vis_data
 KINDS = ('mean', 'var')

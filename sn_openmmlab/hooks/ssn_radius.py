@@ -7,7 +7,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from ..layers import SparseSwitchNorm
-from ..skeleton import unwrapped
+from ..norms import unwrapped
 
 
 @HOOKS.register_module()

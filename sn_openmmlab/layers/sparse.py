@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..ops import sparsestmax
+from ..ops.sparsestmax import softmax_of_sparsestmax, sparsestmax
 from . import batch_statistics
-from .loading import softmax_of_sparsestmax
 from .switch_norm import SwitchNorm
 
 

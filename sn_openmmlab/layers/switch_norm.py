@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable
 from numbers import Integral, Real
@@ -14,20 +13,11 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..ops import NORMALIZERS, switch_norm
+from ..ops.sparsestmax import softmax_of_sparsestmax
 from ..ops.switch_norm import quiet_in_traces
 from . import batch_statistics
-from .loading import (
-    correct_for_blend,
-    equal_ratios,
-    explain_sizes,
-    like,
-    note_start,
-    refuse_authors_names,
-    softmax_of_sparsestmax,
-    start_ratios,
-    tell_starts,
-    warn_of_no_statistics,
-)
+from .start import correct_for_blend, equal_ratios, like, start_ratios
+from .state_dict import explain_sizes, note_start, refuse_authors_names, tell_starts, warn_of_no_statistics
 
 
 @MODELS.register_module('SN')
@@ -67,7 +57,7 @@ class SwitchNorm(nn.InstanceNorm2d):
             BatchNorm are loaded near BatchNorm, (0.001, 0.001, 0.998), which keeps the function of its network.
         correction (bool): Whether weight and bias that come from a BatchNorm are changed so that the layer gives on
             average what the BatchNorm gave, whatever the ratios
-            (:func:`~sn_openmmlab.layers.loading.correct_for_blend`). Defaults to True.
+            (:func:`~sn_openmmlab.layers.start.correct_for_blend`). Defaults to True.
         device (torch.device, optional): Device of the parameters. Defaults to None.
         dtype (torch.dtype, optional): Dtype of the parameters. Defaults to None.
 
@@ -342,53 +332,6 @@ class SwitchNorm3d(SwitchNorm):
     """:class:`SwitchNorm` for (N, C, D, H, W) input only."""
 
     _ranks = (5,)
-
-
-@MODELS.register_module()
-class SyncSN(SwitchNorm):
-    """:class:`SwitchNorm` whose batch statistics are those of all processes, weighted by their number of pixels.
-
-    Costs one all-reduce of 2C + 1 numbers forward and one of 2C backward. Every process has to call it, also one whose
-    batch is empty, and to use its output in the loss. In evaluation mode, and in a process alone, it is
-    :class:`SwitchNorm`; its ``bn`` is a plain ``BatchNorm2d``, so that everything that freezes one freezes this one.
-
-    Args:
-        num_features (int): Number of channels C.
-        *args: As :class:`SwitchNorm`'s.
-        group_size (int, optional): Number of processes, of neighbouring rank, that share statistics; it must divide
-            the world size. Defaults to None, all.
-        **kwargs: As :class:`SwitchNorm`'s; ``normalizers`` must contain 'bn'.
-
-    Raises:
-        ValueError: If an argument is wrong, or ``group_size`` does not divide the world size.
-    """
-
-    def __init__(self, num_features: int, *args, group_size: int | None = None, **kwargs) -> None:
-        if group_size is not None and group_size < 1:
-            raise ValueError(f'group_size must be at least 1 or None for all processes, got {group_size}')
-        self.group_size = group_size
-        super().__init__(num_features, *args, **kwargs)
-        if self.bn is None:
-            raise ValueError(f"SyncSN synchronises batch statistics, but normalizers={self.normalizers}; use type='SN'")
-        self._group(self.bn)  # groups are made by all processes together, and surely all of them are here
-
-    def _group(self, bn: nn.Module):
-        group = self._own_group(bn)
-        if group is None or self.group_size is None or batch_statistics.group_of(bn) is not None:
-            return group
-        return _subgroup(self.group_size, group) if self.group_size > 1 else None
-
-    def extra_repr(self) -> str:
-        """The arguments."""
-        return f'{super().extra_repr()}, group_size={self.group_size}'
-
-
-@functools.lru_cache
-def _subgroup(group_size: int, world):
-    """The group of this rank and its neighbours; made once for all layers, since each group holds a communicator."""
-    if dist.get_world_size(world) % group_size:
-        raise ValueError(f'group_size={group_size} does not divide the world size {dist.get_world_size(world)}')
-    return dist.new_subgroups(group_size)[0]
 
 
 def _checked_normalizers(normalizers) -> tuple[str, ...]:

@@ -66,3 +66,10 @@ def _sparsemax(z: Tensor) -> Tensor:
     rank = torch.arange(1, z.shape[-1] + 1, device=z.device)
     shifts = (z.sort(-1, descending=True).values.cumsum(-1) - 1) / rank  # for each number of ratios above 0
     return (z - shifts.amax(-1, keepdim=True)).clamp(min=0)
+
+
+def softmax_of_sparsestmax(logits: Tensor, radius: Tensor | float) -> Tensor:
+    """Logits whose softmax, which is all that SN and its backends know, gives the ratios of SSN's logits."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    # log(tiny) in place of log(0) is finite, its softmax nothing beside 1, and its gradient 0, as it is to be
+    return sparsestmax(logits, radius).clamp(min=torch.finfo(torch.float32).tiny).log()

@@ -1,6 +1,6 @@
 """The norm layers of a config: found in its model, and swapped.
 
-Apart from convert.py, which works on modules: here dicts are rewritten, by what the classes behind them accept.
+Apart from ``convert``, which works on modules: here dicts are rewritten, by what the classes behind them accept.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .convert import is_mm_sync_bn, is_switchable
-from .layers import SwitchNorm, SyncSN
-from .skeleton import Norm, build, compare, part_of, scope_of
+from ..layers import SwitchNorm, SyncSN
+from ..norms import is_mm_sync_bn, is_switchable, part_of
+from .build import Norm, build, compare, scope_of
 
 PARTS = ('backbone', 'neck', 'head')
 TARGETS = ('SN', 'SyncSN', 'GN', 'BN', 'SyncBN')

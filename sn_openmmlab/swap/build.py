@@ -9,13 +9,11 @@ from contextlib import ExitStack, contextmanager
 import torch
 import torch.distributed as dist
 from mmengine.config import Config
-from mmengine.model import is_model_wrapper
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .convert import is_switchable
-from .layers import SwitchNorm
+from ..norms import is_norm, own_modules, part_of
 
 GENERIC = ('torch.', 'mmcv.cnn.bricks.', 'mmengine.')  # where layers come from that only do what their owner says
 
@@ -71,47 +69,6 @@ def compare(before: nn.Module, after: nn.Module) -> list[Norm]:
 def scope_of(cfg: Config) -> str:
     """The library whose registry the config's models are in."""
     return cfg.get('default_scope') or 'mmengine'
-
-
-def part_of(place: str) -> str:
-    """The part of the model that a place in ``cfg.model``, or a module's name, belongs to."""
-    for name in place.split('.'):
-        if name in ('backbone', 'image_encoder') or name.endswith('_backbone'):
-            return 'backbone'
-        if name == 'neck' or name.endswith('_neck'):
-            return 'neck'
-    return 'head'
-
-
-def part_name(layer: str) -> str:
-    """What figures and logs call the part of a layer: 'backbone', 'neck', or the head by its own name, as 'box head'.
-
-    A layer of no such part, as in a backbone that is a checkpoint by itself, belongs to the first of its names.
-    """
-    names = layer.split('.')
-    part = part_of(layer)
-    if part != 'head':
-        return part
-    heads = [name for name in names if name.endswith('head')]
-    return heads[-1].replace('bbox', 'box').replace('_', ' ') if heads else names[0]
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm layer of any kind."""
-    if isinstance(module, SwitchNorm) or is_switchable(type(module)):
-        return True
-    return 'Norm' in type(module).__name__ and not [*module.children()]
-
-
-def own_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """All modules by name, but for the statistics inside SN layers."""
-    inside = {id(m) for layer in model.modules() if isinstance(layer, SwitchNorm) for m in layer.children()}
-    return [(name, module) for name, module in model.named_modules() if id(module) not in inside]
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model as checkpoints know it, without DistributedDataParallel."""
-    return model.module if is_model_wrapper(model) else model
 
 
 class _LanguageModel(nn.Module):

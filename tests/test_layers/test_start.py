@@ -20,7 +20,8 @@ from mmengine.runner import load_checkpoint
 from torch import nn
 
 from sn_openmmlab import SparseSwitchNorm, SwitchNorm, SyncSN, convert_switch_norm, swap_norm
-from sn_openmmlab.layers.loading import correct_for_blend, start_ratios, tell_starts
+from sn_openmmlab.layers.start import correct_for_blend, start_ratios
+from sn_openmmlab.layers.state_dict import tell_starts
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get('SN_DATA_ROOT') or ROOT.parent / 'shared/data')

@@ -24,15 +24,15 @@ from collections import Counter
 from datetime import date
 from pathlib import Path
 
-import swap_norm
 import torch
 from mmengine.config import Config
 from mmengine.utils import get_installed_path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from sn_openmmlab.swap import PARTS, plan_swap
+from sn_openmmlab.swap.write import check_child, child_config
 
-RESULTS = Path(__file__).parents[1] / 'benchmarks/results/swap_sweep.jsonl'
+RESULTS = Path(__file__).parent / 'results/swap_sweep.jsonl'
 ENVIRONMENT = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'timm', 'transformers')
 
 
@@ -152,10 +152,9 @@ def outcome(path: Path) -> dict:
     changed, left = Counter(n.part for n in swap.changed), Counter(f'{n.part}: {n.owner}' for n in swap.left)
     if swap.changed:
         with tempfile.TemporaryDirectory() as folder:
-            args = argparse.Namespace(config=str(path), to='SN', parts=PARTS)
             delta = Path(folder, 'delta.py')
-            delta.write_text(swap_norm.write(cfg, swap, args, delta.parent))
-            swap_norm.check(cfg, swap, delta)
+            delta.write_text(child_config(cfg, swap, str(path), 'SN', PARTS, delta.parent))
+            check_child(cfg, swap, delta)
     status = 'fully' if swap.changed else 'not applicable'
     if swap.left:
         status = 'partly' if swap.changed else 'own norms only'

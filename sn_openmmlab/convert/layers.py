@@ -1,23 +1,21 @@
 """Norm layers of a built model to Switchable Normalization, and back to BatchNorm.
 
-Weights, shifts and running statistics stay; only the kind of layer changes. For evaluation, what is BatchNorm can also
-be folded into convolutions.
+Weights, shifts and running statistics stay; only the kind of layer changes.
 """
 
 from __future__ import annotations
 
 import copy
-from collections import Counter, defaultdict
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .layers import SparseSwitchNorm, SwitchNorm, SwitchNorm1d, SwitchNorm3d, SyncSN
-from .layers.batch_statistics import is_synchronised
-from .layers.loading import tell_starts
+from ..layers import SparseSwitchNorm, SwitchNorm, SwitchNorm1d, SwitchNorm3d, SyncSN
+from ..layers.batch_statistics import is_synchronised
+from ..layers.state_dict import tell_starts
+from ..norms import is_mmcvs, is_switchable
 
 ONE_HOT = 1 - 1e-6  # a smaller importance ratio of BN is not BatchNorm
 
@@ -33,7 +31,7 @@ def convert_switch_norm(
     and the child starts at mean 0 and variance 1.
 
     What was BatchNorm starts near it, and the model answers as it did before: importance ratios of (0.001, 0.001,
-    0.998), and weight and bias corrected for the rest (:func:`~sn_openmmlab.layers.loading.correct_for_blend`). With
+    0.998), and weight and bias corrected for the rest (:func:`~sn_openmmlab.layers.state_dict.correct_for_blend`). With
     ``init_ratios=(0, 0, 1)`` it computes exactly what it did, in training and in evaluation mode, and the ratios do not
     learn. GroupNorm and InstanceNorm start at equal ratios.
 
@@ -81,7 +79,7 @@ def convert_switch_norm(
         model = copy.deepcopy(model)
         found = dict(_norms(model, to))
     if to == 'BN':
-        new = {layer: _batch_norm(layer) for layer in found.values()}
+        new = {layer: as_batch_norm(layer) for layer in found.values()}
     else:
         like = next(model.parameters(), torch.empty(0))  # for layers that hold nothing
         args = dict(init_ratios=init_ratios, correction=correction)
@@ -92,104 +90,15 @@ def convert_switch_norm(
                 for name, value in start.items():
                     getattr(layer, name).data.copy_(value)
         tell_starts()
-    _replace(model, new)
+    replace(model, new)
     return new.get(model, model)
 
 
-@torch.no_grad()
-def fold_batch_norm(model: nn.Module, *args, **kwargs) -> int:
-    r"""Fold every SN layer whose importance is all on BN, in means and variances, into the convolution before it.
-
-    In evaluation mode such a layer is a map of each channel by itself,
-    :math:`y = \gamma_c (x - \mu_c) / \sqrt{\sigma_c^2 + \epsilon} + \beta_c` with BN's running moments, which the
-    convolution takes into its weight and bias (:func:`torch.nn.utils.fusion.fuse_conv_bn_eval`); an ``nn.Identity``
-    stays in the layer's place. Which convolution that is a forward pass tells. Layers that do not take the plain output
-    of an ``nn.Conv1d``, ``2d`` or ``3d`` which works for them alone become BatchNorm, as by
-    :func:`convert_switch_norm`. All other layers stay, BatchNorms too (mmcv's ``fuse_conv_bn`` folds these). The model
-    is changed in place, and is for evaluation only from then on.
-
-    Args:
-        model (nn.Module): The model, in evaluation mode.
-        *args: What to call the model with, for the forward pass.
-        **kwargs: Likewise.
-
-    Returns:
-        int: The number of layers that were folded.
-
-    Raises:
-        ValueError: If a layer is in training mode.
-
-    Examples:
-        >>> import torch
-        >>> from torch import nn
-        >>> from sn_openmmlab import SwitchNorm, fold_batch_norm
-        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), SwitchNorm(8, init_ratios=(0, 0, 1)), nn.ReLU()).eval()
-        >>> fold_batch_norm(model, torch.randn(1, 3, 8, 8))
-        1
-    """
-    training = [name or 'the model' for name, module in model.named_modules() if module.training]
-    if training:
-        raise ValueError(f'folding is for evaluation; call model.eval() first ({training[0]} is in training mode)')
-    layers = [m for m in model.modules() if isinstance(m, SwitchNorm) and _is_one_hot(m)]
-    new = {layer: _batch_norm(layer) for layer in layers}
-    for layer, conv in _convs_before(model, layers, args, kwargs).items():
-        new[conv] = fuse_conv_bn_eval(conv, new[layer])
-        new[layer] = _follow(layer, nn.Identity()).eval()
-    _replace(model, new)
-    return sum(isinstance(module, nn.Identity) for module in new.values())
-
-
-def is_mm_sync_bn(cls: type) -> bool:
-    """Whether a class is mmcv's own SyncBatchNorm, which derives from none of torch's; without importing mmcv."""
-    return any(map(_is_mmcvs, cls.__mro__))
-
-
-def _is_mmcvs(cls: type) -> bool:
-    return cls.__module__ == 'mmcv.ops.sync_bn' and cls.__name__ == 'SyncBatchNorm'
-
-
-def is_switchable(cls: type) -> bool:
-    """Whether SN can stand in place of a class of layers: it normalizes maps of shape (N, C, \\*), and is not SN."""
-    if issubclass(cls, SwitchNorm):
-        return False
-    return issubclass(cls, (_BatchNorm, _InstanceNorm, nn.GroupNorm)) or is_mm_sync_bn(cls)
-
-
-def _replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
+def replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):  # named_children() leaves out second names of a child
             if child in new:
                 setattr(module, name, new[child])
-
-
-def _convs_before(model: nn.Module, layers: list[nn.Module], args, kwargs) -> dict[nn.Module, nn.Module]:
-    """Layers, and the convolution whose every output goes, as it is, to this layer and is all that the layer gets."""
-    calls, sources = Counter(), defaultdict(list)
-    last = conv_of_last = version = None
-
-    def after_conv(conv, _, output):
-        nonlocal last, conv_of_last, version
-        calls[conv] += 1
-        last, conv_of_last, version = output, conv, output._version
-
-    def before_layer(layer, inputs):
-        unchanged = inputs[0] is last and last._version == version  # not so after ReLU(inplace=True)
-        sources[layer].append(conv_of_last if unchanged else None)
-
-    # exact types: those derived may do more to their weight
-    convs = [m for m in model.modules() if type(m) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)]
-    hooks = [conv.register_forward_hook(after_conv) for conv in convs]
-    hooks += [layer.register_forward_pre_hook(before_layer) for layer in layers]
-    try:
-        model(*args, **kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {
-        layer: given[0]
-        for layer, given in sources.items()
-        if given[0] is not None and given == [given[0]] * calls[given[0]]
-    }
 
 
 def _norms(model: nn.Module, to: str):
@@ -202,7 +111,7 @@ def _norms(model: nn.Module, to: str):
 
 def _check(found: dict[str, nn.Module], to: str) -> None:
     if to == 'BN':
-        other = [f'{name or "the model"} ({_ratios(layer)})' for name, layer in found.items() if not _is_one_hot(layer)]
+        other = [f'{name or "the model"} ({_ratios(layer)})' for name, layer in found.items() if not is_one_hot(layer)]
         if other:
             raise ValueError(
                 f'{len(other)} of {len(found)} SN layers are no BatchNorm: their importance ratios (of the means; of '
@@ -241,7 +150,7 @@ def _only_normalizes(layer: nn.Module) -> bool:
     """Whether all that a layer does is its base's, as far as a class can tell."""
     if _is_timms(layer, 'GroupNorm', 'GroupNorm1'):  # with a kernel of its own
         return True
-    bases = [_BatchNorm, nn.SyncBatchNorm, _InstanceNorm, nn.GroupNorm, *filter(_is_mmcvs, type(layer).__mro__)]
+    bases = [_BatchNorm, nn.SyncBatchNorm, _InstanceNorm, nn.GroupNorm, *filter(is_mmcvs, type(layer).__mro__)]
     return type(layer).forward in [base.forward for base in bases] and not [*layer.children()]
 
 
@@ -256,7 +165,7 @@ def _is_timms(layer: nn.Module, *names: str) -> bool:
     return type(layer).__module__.startswith('timm.') and type(layer).__name__ in names
 
 
-def _follow(old: nn.Module, new: nn.Module) -> nn.Module:
+def follow(old: nn.Module, new: nn.Module) -> nn.Module:
     """``new``, after which comes what comes after ``old``."""
     if _has_activation(old):
         new.drop, new.act = old.drop, old.act
@@ -276,7 +185,7 @@ def _has_statistics(layer: nn.Module) -> bool:
     return getattr(layer, 'running_mean', None) is not None
 
 
-def _is_one_hot(layer: SwitchNorm) -> bool:
+def is_one_hot(layer: SwitchNorm) -> bool:
     return layer.bn is not None and bool((layer.importance_ratios[:, -1] >= ONE_HOT).all())
 
 
@@ -302,10 +211,10 @@ def _switch_norm(old: nn.Module, to: str, args: dict, like: torch.Tensor) -> Swi
         _move_statistics(old, new.bn)
     if isinstance(new, SyncSN) and getattr(old, 'process_group', None) is not None:
         new.bn.process_group = old.process_group
-    return _follow(old, new).train(old.training)
+    return follow(old, new).train(old.training)
 
 
-def _batch_norm(old: SwitchNorm) -> nn.Module:
+def as_batch_norm(old: SwitchNorm) -> nn.Module:
     """The BatchNorm that an SN layer with all importance on BN is."""
     bn = old._statistics()
     synced = old.group_size != 1 if isinstance(old, SyncSN) else is_synchronised(bn)
@@ -320,7 +229,7 @@ def _batch_norm(old: SwitchNorm) -> nn.Module:
     _move_statistics(bn, new)
     if synced:
         new.process_group = old._group(bn)
-    return _follow(old, new.train(bn.training))
+    return follow(old, new.train(bn.training))
 
 
 def _bias(old: nn.Module) -> nn.Parameter:

@@ -1,0 +1,85 @@
+"""What is BatchNorm folded into the convolutions before it, for evaluation."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from ..layers import SwitchNorm
+from .layers import as_batch_norm, follow, is_one_hot, replace
+
+
+@torch.no_grad()
+def fold_batch_norm(model: nn.Module, *args, **kwargs) -> int:
+    r"""Fold every SN layer whose importance is all on BN, in means and variances, into the convolution before it.
+
+    In evaluation mode such a layer is a map of each channel by itself,
+    :math:`y = \gamma_c (x - \mu_c) / \sqrt{\sigma_c^2 + \epsilon} + \beta_c` with BN's running moments, which the
+    convolution takes into its weight and bias (:func:`torch.nn.utils.fusion.fuse_conv_bn_eval`); an ``nn.Identity``
+    stays in the layer's place. Which convolution that is a forward pass tells. Layers that do not take the plain output
+    of an ``nn.Conv1d``, ``2d`` or ``3d`` which works for them alone become BatchNorm, as by
+    :func:`convert_switch_norm`. All other layers stay, BatchNorms too (mmcv's ``fuse_conv_bn`` folds these). The model
+    is changed in place, and is for evaluation only from then on.
+
+    Args:
+        model (nn.Module): The model, in evaluation mode.
+        *args: What to call the model with, for the forward pass.
+        **kwargs: Likewise.
+
+    Returns:
+        int: The number of layers that were folded.
+
+    Raises:
+        ValueError: If a layer is in training mode.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from sn_openmmlab import SwitchNorm, fold_batch_norm
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), SwitchNorm(8, init_ratios=(0, 0, 1)), nn.ReLU()).eval()
+        >>> fold_batch_norm(model, torch.randn(1, 3, 8, 8))
+        1
+    """
+    training = [name or 'the model' for name, module in model.named_modules() if module.training]
+    if training:
+        raise ValueError(f'folding is for evaluation; call model.eval() first ({training[0]} is in training mode)')
+    layers = [m for m in model.modules() if isinstance(m, SwitchNorm) and is_one_hot(m)]
+    new = {layer: as_batch_norm(layer) for layer in layers}
+    for layer, conv in _convs_before(model, layers, args, kwargs).items():
+        new[conv] = fuse_conv_bn_eval(conv, new[layer])
+        new[layer] = follow(layer, nn.Identity()).eval()
+    replace(model, new)
+    return sum(isinstance(module, nn.Identity) for module in new.values())
+
+
+def _convs_before(model: nn.Module, layers: list[nn.Module], args, kwargs) -> dict[nn.Module, nn.Module]:
+    """Layers, and the convolution whose every output goes, as it is, to this layer and is all that the layer gets."""
+    calls, sources = Counter(), defaultdict(list)
+    last = conv_of_last = version = None
+
+    def after_conv(conv, _, output):
+        nonlocal last, conv_of_last, version
+        calls[conv] += 1
+        last, conv_of_last, version = output, conv, output._version
+
+    def before_layer(layer, inputs):
+        unchanged = inputs[0] is last and last._version == version  # not so after ReLU(inplace=True)
+        sources[layer].append(conv_of_last if unchanged else None)
+
+    # exact types: those derived may do more to their weight
+    convs = [m for m in model.modules() if type(m) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)]
+    hooks = [conv.register_forward_hook(after_conv) for conv in convs]
+    hooks += [layer.register_forward_pre_hook(before_layer) for layer in layers]
+    try:
+        model(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {
+        layer: given[0]
+        for layer, given in sources.items()
+        if given[0] is not None and given == [given[0]] * calls[given[0]]
+    }

@@ -1,0 +1,59 @@
+"""Switchable Normalization with the batch statistics of all processes: ``norm_cfg=dict(type='SyncSN')``."""
+
+from __future__ import annotations
+
+import functools
+
+import torch.distributed as dist
+from mmengine.registry import MODELS
+from torch import nn
+
+from . import batch_statistics
+from .switch_norm import SwitchNorm
+
+
+@MODELS.register_module()
+class SyncSN(SwitchNorm):
+    """:class:`SwitchNorm` whose batch statistics are those of all processes, weighted by their number of pixels.
+
+    Costs one all-reduce of 2C + 1 numbers forward and one of 2C backward. Every process has to call it, also one whose
+    batch is empty, and to use its output in the loss. In evaluation mode, and in a process alone, it is
+    :class:`SwitchNorm`; its ``bn`` is a plain ``BatchNorm2d``, so that everything that freezes one freezes this one.
+
+    Args:
+        num_features (int): Number of channels C.
+        *args: As :class:`SwitchNorm`'s.
+        group_size (int, optional): Number of processes, of neighbouring rank, that share statistics; it must divide
+            the world size. Defaults to None, all.
+        **kwargs: As :class:`SwitchNorm`'s; ``normalizers`` must contain 'bn'.
+
+    Raises:
+        ValueError: If an argument is wrong, or ``group_size`` does not divide the world size.
+    """
+
+    def __init__(self, num_features: int, *args, group_size: int | None = None, **kwargs) -> None:
+        if group_size is not None and group_size < 1:
+            raise ValueError(f'group_size must be at least 1 or None for all processes, got {group_size}')
+        self.group_size = group_size
+        super().__init__(num_features, *args, **kwargs)
+        if self.bn is None:
+            raise ValueError(f"SyncSN synchronises batch statistics, but normalizers={self.normalizers}; use type='SN'")
+        self._group(self.bn)  # groups are made by all processes together, and surely all of them are here
+
+    def _group(self, bn: nn.Module):
+        group = self._own_group(bn)
+        if group is None or self.group_size is None or batch_statistics.group_of(bn) is not None:
+            return group
+        return _subgroup(self.group_size, group) if self.group_size > 1 else None
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return f'{super().extra_repr()}, group_size={self.group_size}'
+
+
+@functools.lru_cache
+def _subgroup(group_size: int, world):
+    """The group of this rank and its neighbours; made once for all layers, since each group holds a communicator."""
+    if dist.get_world_size(world) % group_size:
+        raise ValueError(f'group_size={group_size} does not divide the world size {dist.get_world_size(world)}')
+    return dist.new_subgroups(group_size)[0]

@@ -1,0 +1,67 @@
+"""Which modules of a model are norm layers, and which part of the model they are in."""
+
+from __future__ import annotations
+
+from mmengine.model import is_model_wrapper
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from .layers import SwitchNorm
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm layer of any kind."""
+    if isinstance(module, SwitchNorm) or is_switchable(type(module)):
+        return True
+    return 'Norm' in type(module).__name__ and not [*module.children()]
+
+
+def is_switchable(cls: type) -> bool:
+    """Whether SN can stand in place of a class of layers: it normalizes maps of shape (N, C, \\*), and is not SN."""
+    if issubclass(cls, SwitchNorm):
+        return False
+    return issubclass(cls, (_BatchNorm, _InstanceNorm, nn.GroupNorm)) or is_mm_sync_bn(cls)
+
+
+def is_mm_sync_bn(cls: type) -> bool:
+    """Whether a class is mmcv's own SyncBatchNorm, which derives from none of torch's; without importing mmcv."""
+    return any(map(is_mmcvs, cls.__mro__))
+
+
+def own_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """All modules by name, but for the statistics inside SN layers."""
+    inside = {id(m) for layer in model.modules() if isinstance(layer, SwitchNorm) for m in layer.children()}
+    return [(name, module) for name, module in model.named_modules() if id(module) not in inside]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model as checkpoints know it, without DistributedDataParallel."""
+    return model.module if is_model_wrapper(model) else model
+
+
+def part_of(place: str) -> str:
+    """The part of the model that a place in ``cfg.model``, or a module's name, belongs to."""
+    for name in place.split('.'):
+        if name in ('backbone', 'image_encoder') or name.endswith('_backbone'):
+            return 'backbone'
+        if name == 'neck' or name.endswith('_neck'):
+            return 'neck'
+    return 'head'
+
+
+def part_name(layer: str) -> str:
+    """What figures and logs call the part of a layer: 'backbone', 'neck', or the head by its own name, as 'box head'.
+
+    A layer of no such part, as in a backbone that is a checkpoint by itself, belongs to the first of its names.
+    """
+    names = layer.split('.')
+    part = part_of(layer)
+    if part != 'head':
+        return part
+    heads = [name for name in names if name.endswith('head')]
+    return heads[-1].replace('bbox', 'box').replace('_', ' ') if heads else names[0]
+
+
+def is_mmcvs(cls: type) -> bool:
+    return cls.__module__ == 'mmcv.ops.sync_bn' and cls.__name__ == 'SyncBatchNorm'
