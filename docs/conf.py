@@ -77,6 +77,7 @@ Accuracy <benchmarks/accuracy/README>
 :caption: Reference
 
 docs/api
+docs/architecture
 CHANGELOG
 CONTRIBUTING
 ```
