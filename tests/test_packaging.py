@@ -85,6 +85,11 @@ def libraries(folder):
     }
 
 
+def test_the_citation_has_the_version():
+    citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
+    assert citation['version'] == __version__
+
+
 def test_the_wheel_carries_package_configs_and_tools(wheel, source, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     mim = tmp_path / 'sn_openmmlab/.mim'
