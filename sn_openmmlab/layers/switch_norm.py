@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -82,7 +83,13 @@ class SwitchNorm(nn.InstanceNorm2d):
 
     # An InstanceNorm2d, whatever the rank, since the lists of norms that optimizers spare decay name final classes.
     _abbr_ = 'bn'  # attributes are named bn1, bn2, ... so that BatchNorm checkpoints find them
-    _ranks = (2, 3, 4, 5)
+    _ranks: tuple[int, ...] = (2, 3, 4, 5)
+
+    normalizers: tuple[str, ...]
+    init_ratios: tuple[float, ...] | None
+    mean_weight: nn.Parameter
+    var_weight: nn.Parameter
+    bn: Any  # a BatchNorm, or what others put in its place; None without BN
 
     def __init__(
         self,
@@ -90,11 +97,11 @@ class SwitchNorm(nn.InstanceNorm2d):
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
-        normalizers=NORMALIZERS,
-        init_ratios=None,
+        normalizers: Sequence[str] | str = NORMALIZERS,
+        init_ratios: Sequence[float] | None = None,
         correction: bool = True,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         normalizers = _checked_normalizers(normalizers)
         _check_ratios(normalizers, init_ratios)
@@ -236,7 +243,7 @@ class SwitchNorm(nn.InstanceNorm2d):
         """The normalizers to compute, and the logits of their importance ratios."""
         return self.normalizers, self.mean_weight, self.var_weight
 
-    def _statistics(self) -> nn.Module | None:
+    def _statistics(self) -> Any:
         """The module that holds the batch statistics; None without BN."""
         bn = getattr(self, 'bn', None)
         return None if bn is None else batch_statistics.holder(bn)
