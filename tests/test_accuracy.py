@@ -1,5 +1,6 @@
 """Accuracy cells: each task trains with each norm, and one that was stopped ends as if it had not been."""
 
+import copy
 import json
 import sys
 from dataclasses import replace
@@ -44,6 +45,17 @@ def data(tmp_path_factory):
         categories = [dict(id=i, name=name) for i, name in enumerate(('RBC', 'WBC', 'Platelets'), 1)]
         content = dict(images=images, annotations=annotations, categories=categories)
         (root / f'bccd/annotations/{split}.json').write_text(json.dumps(content))
+    (root / 'cifar10').mkdir()
+    for split, count in ('train', 128), ('test', 10):
+        pictures = rng.integers(0, 255, (count, 32, 32, 3), dtype=np.uint8)
+        jpeg = [cv2.imencode('.jpg', picture)[1].ravel() for picture in pictures]
+        end = np.cumsum([len(file) for file in jpeg])
+        np.savez(root / f'cifar10/{split}.npz', jpeg=np.concatenate(jpeg), end=end, label=rng.integers(0, 10, count))
+    (root / 'modelnet10').mkdir()
+    splits = dict(train=64, test=10)
+    bits = {f'{split}_bits': rng.integers(0, 256, (n, 4096), dtype=np.uint8) for split, n in splits.items()}
+    labels = {f'{split}_label': rng.integers(0, 10, n) for split, n in splits.items()}
+    np.savez(root / 'modelnet10/modelnet10_32.npz', **bits, **labels)
     return root
 
 
@@ -136,6 +148,56 @@ def test_the_other_norms_train_the_same_network(norm, tmp_path, straight):
         for c, f in ((cell, tmp_path), (CELL, straight[0]))
     ]
     assert shapes[0] == shapes[1] and len(shapes[0]) > 40
+
+
+@pytest.mark.parametrize('task, norm', [('cifar10', 'SN-b16'), ('cifar10', 'GN'), ('modelnet10', 'SN-b8')])
+def test_a_cell_of_classification(task, norm, tmp_path):
+    module = run.load_task(task)
+    result = train(run.Cell(task, norm, module.IMAGES, 0, module.LR, epochs=1), tmp_path)
+    assert result['iterations'] == 2 and np.isfinite(result['curve'][0]['loss'])
+    assert {*result['final']} == {'moving average', *(['batch average'] if norm != 'GN' else [])}
+    assert all(metrics['accuracy'] % 10 == 0 for metrics in result['final'].values())  # of ten samples
+    assert len(result['importance_ratios']) == dict(cifar10=19, modelnet10=12)[task] * (norm != 'GN')
+
+
+@pytest.mark.parametrize('kind, rank', [('BN', 4), ('SN', 4), ('SN3d', 5)])
+def test_chunks_are_normalized_as_by_processes_of_their_own(kind, rank):
+    from benchmarks.accuracy.classify import norm_layer
+
+    x = torch.randn(6, 4, *[5] * (rank - 2))
+    chunked, alone = norm_layer(dict(type=kind, images=2), 4), norm_layer(dict(type=kind), 4)
+    processes = [copy.deepcopy(alone) for _ in range(3)]
+    y = chunked(x)
+    torch.testing.assert_close(y, torch.cat([layer(part) for layer, part in zip(processes, x.split(2))]))
+    y.square().sum().backward()
+    for layer, part in zip(processes, x.split(2)):
+        layer(part).square().sum().backward()
+    gradients = zip(chunked.parameters(), *(layer.parameters() for layer in processes))
+    for ours, *theirs in gradients:
+        torch.testing.assert_close(ours.grad, sum(p.grad for p in theirs))
+    alone(x[:2])
+    ours, first = getattr(chunked.norm, 'bn', chunked.norm), getattr(alone, 'bn', alone)
+    torch.testing.assert_close([ours.running_mean, ours.running_var], [first.running_mean, first.running_var])
+    torch.testing.assert_close(chunked.eval()(x), alone.eval()(x))
+    assert chunked.norm.momentum == 0.1
+
+
+def test_the_figure_of_batch_sizes_has_every_cell():
+    task = run.load_task('cifar10')
+
+    def cell(norm, seed, accuracy):
+        final = {'moving average': dict(accuracy=accuracy)}
+        ratios = {'1': [[0.2, 0.3, 0.5], [0.1, 0.3, 0.6]]} if norm.startswith('SN') else {}
+        made = run.Cell('cifar10', norm, task.IMAGES, seed, task.LR, task.EPOCHS)
+        return {**vars(made), 'final': final, 'importance_ratios': ratios}
+
+    assert report.draw_sizes([]) is None
+    cells = [cell('SN-b64', 0, 60), cell('SN-b64', 1, 70), cell('SN-b2', 0, 50), cell('GN', 0, 55)]
+    accuracy, means, variances = report.draw_sizes(cells).axes
+    lines = {c.get_label(): c[0].get_xydata().tolist() for c in accuracy.containers}
+    assert lines == {'SN, moving average': [[64, 65], [2, 50]], 'GN': [[64, 55], [2, 55]]}
+    assert [[*line.get_ydata()] for line in means.lines] == [[0.2] * 2, [0.3] * 2, [0.5] * 2]
+    assert [[*line.get_ydata()] for line in variances.lines] == [[0.1] * 2, [0.3] * 2, [0.6] * 2]
 
 
 def test_another_config_under_the_same_name_is_refused(straight, monkeypatch, tmp_path):

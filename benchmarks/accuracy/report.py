@@ -11,9 +11,10 @@ import json
 import statistics
 from pathlib import Path
 
-from benchmarks.accuracy.run import RESULTS, TASKS, load_task, norms
+from benchmarks.accuracy.run import RESULTS, TASKS, default_images, load_task, norms
 from benchmarks.report import rewrite
 from sn_openmmlab.analysis import mean_ratios
+from sn_openmmlab.analysis.draw import COLORS, LINES
 from sn_openmmlab.norms import part_name
 
 README = Path(__file__).parent / 'README.md'
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     by_task = {task: load(task) for task in TASKS}
     parts = [tables(task, results) for task, results in by_task.items() if results]
     scratch = {task: results for task, results in by_task.items() if not hasattr(load_task(task), 'NORMS')}
-    finetuned = summary({task: results for task, results in by_task.items() if task not in scratch})
+    finetuned = summary({task: results for task, results in by_task.items() if task.startswith('lite0')})
     rewrite(
         {
             (README, 'tables'): parts,
@@ -43,6 +44,9 @@ def main(argv: list[str] | None = None) -> None:
     if not args.check:
         for task, results in by_task.items():
             plot(task, results, PLOTS / f'accuracy_{task}.png')
+        figure = draw_sizes(by_task['cifar10'])
+        if figure:
+            figure.savefig(PLOTS / 'batch_size.png', dpi=120)
         print('wrote', README)
 
 
@@ -56,7 +60,13 @@ def load(task: str) -> list[dict]:
 def is_main(result: dict) -> bool:
     """Whether a cell was trained as its task says: full length, the common learning rate, nothing else changed."""
     task = load_task(result['task'])
-    return (result['lr'], result['epochs'], result['variant']) == (task.LR * result['images'] / 2, task.EPOCHS, '')
+    lr = task.LR * result['images'] / default_images(task)
+    return (result['lr'], result['epochs'], result['variant']) == (lr, task.EPOCHS, '')
+
+
+def is_compared(result: dict) -> bool:
+    """Whether a cell is one of the comparison: as :func:`is_main`, and with the task's number of images per step."""
+    return is_main(result) and result['images'] == default_images(load_task(result['task']))
 
 
 def tables(name: str, results: list[dict]) -> str:
@@ -71,8 +81,8 @@ def tables(name: str, results: list[dict]) -> str:
         kinds = kinds or ['moving average']
         text += [
             '',
-            f'{task.EPOCHS} epochs, learning rate {task.LR:g} for 2 images a step; after the last epoch; mean ± '
-            'standard deviation (lowest to highest) of the seeds.',
+            f'{task.EPOCHS} epochs, learning rate {task.LR:g} for {default_images(task)} images a step; after the last '
+            'epoch; mean ± standard deviation (lowest to highest) of the seeds.',
             '',
             f'| norm | images per step | seeds | metric | {" | ".join(kinds)} |',
             '| :--- | ---: | ---: | :--- |' + ' ---: |' * len(kinds),
@@ -85,7 +95,7 @@ def tables(name: str, results: list[dict]) -> str:
                     values[0] = 'diverged'
                 text.append('| ' + ' | '.join([*head, label, *values]) + ' |')
                 head = [''] * 3
-        text += ratios([r for r in results if is_main(r) and r['images'] == 2])
+        text += ratios([r for r in results if is_compared(r)])
     others = [r for r in results if not is_main(r)]
     if others:
         metric, label = next(iter(task.METRICS.items()))
@@ -117,8 +127,8 @@ def ratios(results: list[dict]) -> list[str]:
 
 
 def summary(by_task: dict[str, list[dict]]) -> str:
-    """The comparison at 2 images per step, evaluated with the moving average: a row a norm, a column a task."""
-    by_task = {name: [r for r in results if r['images'] == 2 and is_main(r)] for name, results in by_task.items()}
+    """The comparison, evaluated with the moving average: a row a norm, a column a task."""
+    by_task = {name: [r for r in results if is_compared(r)] for name, results in by_task.items()}
     heads = [f'{task.NAME}, {next(iter(task.METRICS.values()))}' for task in map(load_task, by_task)]
     text = [f'| norm | {" | ".join(heads)} |', '| :--- |' + ' ---: |' * len(heads)]
     trained = {r['norm'] for results in by_task.values() for r in results}
@@ -165,8 +175,8 @@ def _conditions(results: list[dict]) -> str:
 
 
 def plot(name: str, results: list[dict], path: Path) -> None:
-    """The metric over epochs at 2 images a step: a thin line for each seed, a thick one for their mean."""
-    results = [r for r in results if is_main(r) and r['images'] == 2 and 'diverged' not in r['final']]
+    """The metric over epochs: a thin line for each seed, a thick one for their mean."""
+    results = [r for r in results if is_compared(r) and 'diverged' not in r['final']]
     if not results:
         return
     import matplotlib
@@ -192,11 +202,62 @@ def plot(name: str, results: list[dict], path: Path) -> None:
         axes.plot(*zip(*mean.items()), color=f'C{i}', linewidth=2, label=f'{norm} ({seeds})')
     axes.set_xlabel('epoch')
     axes.set_ylabel(label)
-    axes.set_title(f'{task.NAME}, 2 images a step', fontsize=10)
+    axes.set_title(f'{task.NAME}, {default_images(task)} images a step', fontsize=10)
     axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def draw_sizes(results: list[dict]):
+    """Accuracy and SN's importance ratios against the number of images that statistics are of, as the paper's figure 1.
+
+    Points are means over seeds, and bars go from the lowest to the highest; a norm that takes statistics of one image
+    only is a level line. None without results.
+    """
+    results = [r for r in results if is_compared(r) and 'diverged' not in r['final']]
+    if not results:
+        return None
+    from matplotlib.figure import Figure
+
+    task = load_task('cifar10')
+    figure = Figure(figsize=(12, 3.8), layout='constrained')
+    accuracy, *axes = figure.subplots(1, 3)
+    for color, kind in enumerate(('BN', 'SN', 'GN', 'SN-IN-LN')):
+        for average, line in ('moving average', '-'), ('batch average', '--'):
+            by_size = {}
+            for result in results:
+                norm, _, size = result['norm'].partition('-b')
+                if norm == kind and average in result['final']:
+                    for at in [int(size)] if size else [max(task.SIZES), min(task.SIZES)]:
+                        by_size.setdefault(at, []).append(result['final'][average]['accuracy'])
+            if by_size:
+                middle = {size: statistics.mean(values) for size, values in by_size.items()}
+                below = [middle[size] - min(values) for size, values in by_size.items()]
+                above = [max(values) - middle[size] for size, values in by_size.items()]
+                accuracy.errorbar(
+                    middle.keys(), middle.values(), [below, above], color=f'C{color}', linestyle=line, capsize=2,
+                    marker='.', label=f'{kind}, {average}' if kind in ('BN', 'SN') else kind,
+                )  # fmt: skip
+    accuracy.set(title=f'{task.NAME}, {task.EPOCHS} epochs, moving and batch average', ylabel='accuracy, %')
+    accuracy.legend(frameon=False, fontsize=8)
+    for kind, (ax, title) in enumerate(zip(axes, ('means', 'variances'))):
+        by_size = {}
+        for result in results:
+            norm, _, size = result['norm'].partition('-b')
+            if norm == 'SN' and size:
+                by_size.setdefault(int(size), []).append(mean_ratios(result['importance_ratios'].values())[kind])
+        for k, name in enumerate(COLORS):
+            points = {size: statistics.mean(ratios[k] for ratios in seeds) for size, seeds in by_size.items()}
+            ax.plot(points.keys(), points.values(), LINES[name], color=COLORS[name], marker='.', label=name.upper())
+        ax.set(title=f'importance ratios of SN, {title}', ylim=(0, 1))
+        ax.legend(frameon=False, fontsize=8)
+    for ax in (accuracy, *axes):
+        ax.set_xscale('log', base=2)
+        ax.set_xlabel('images that statistics of the batch are of')
+        ax.set_xticks(task.SIZES, task.SIZES)
+        ax.invert_xaxis()
+    return figure
 
 
 if __name__ == '__main__':

@@ -10,7 +10,8 @@ A task is a module beside this one with
     NAME     what tables and plots call it
     METRICS  the compared metrics, named as mmengine logs them, and what tables call them; the first is plotted
     EPOCHS   length of a training
-    LR       learning rate at 2 images a step, one for all norms
+    LR       learning rate, one for all norms, at
+    IMAGES   so many images a step; by default 2
     NORMS    what is compared, by name; by default this module's
     config(norm, images, lr, epochs)   mmengine Config of a value of NORMS: model, data, evaluator, optimizer and
                                        schedule, by epochs
@@ -42,7 +43,7 @@ from sn_openmmlab.checkpoint.read import read_checkpoints_as_data
 
 RESULTS = Path(__file__).parent / 'results'
 WORK_DIR = ROOT / 'work_dirs/accuracy'
-TASKS = ('bccd', 'camvid', 'lite0_bccd', 'lite0_camvid')
+TASKS = ('bccd', 'camvid', 'lite0_bccd', 'lite0_camvid', 'cifar10', 'modelnet10')
 NORMS = {
     'BN': dict(type='BN'),
     'GN': dict(type='GN', num_groups=32),
@@ -75,9 +76,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--task', required=True, choices=TASKS)
     parser.add_argument('--norm', nargs='+', required=True, metavar='NORM', help=', '.join(NORMS) + "; or the task's")
-    parser.add_argument('--images', type=int, default=2, help='images per step (default: 2)')
+    parser.add_argument('--images', type=int, help="images per step (default: the task's, as a rule 2)")
     parser.add_argument('--seed', type=int, nargs='+', default=[0], help='default: 0')
-    parser.add_argument('--lr', type=float, help="default: the task's, times IMAGES / 2")
+    parser.add_argument('--lr', type=float, help="default: the task's, for as many images as a step has")
     parser.add_argument('--epochs', type=int, help="default: the task's")
     parser.add_argument('--variant', default='', help='name of what --cfg-options change')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE')
@@ -90,10 +91,11 @@ def main(argv: list[str] | None = None) -> None:
     unknown = [norm for norm in args.norm if norm not in norms(task)]
     if unknown:
         parser.error(f'--norm: {args.task} has {", ".join(norms(task))}, and not {", ".join(unknown)}')
-    lr, epochs = args.lr or task.LR * args.images / 2, args.epochs or task.EPOCHS
+    images, epochs = args.images or default_images(task), args.epochs or task.EPOCHS
+    lr = args.lr or task.LR * images / default_images(task)
     read_checkpoints_as_data()
     for seed, norm in itertools.product(args.seed, args.norm):
-        cell = Cell(args.task, norm, args.images, seed, lr, epochs, args.variant, args.cfg_options)
+        cell = Cell(args.task, norm, images, seed, lr, epochs, args.variant, args.cfg_options)
         result = run_cell(cell)
         print(f'{cell.name}: {json.dumps(result["final"])}', flush=True)
 
@@ -106,6 +108,11 @@ def load_task(name: str):
 def norms(task) -> dict[str, dict]:
     """What a task compares, by name."""
     return getattr(task, 'NORMS', NORMS)
+
+
+def default_images(task) -> int:
+    """Images per step of a task."""
+    return getattr(task, 'IMAGES', 2)
 
 
 def cell_config(cell: Cell, work_dir: Path) -> Config:
