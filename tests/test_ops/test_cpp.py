@@ -2,14 +2,15 @@
 
 import _ctypes
 import ctypes
-import importlib.util
+import importlib.machinery
 import itertools
 import os
+import shutil
 import subprocess
 import sys
-import types
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,9 @@ from sn_openmmlab.ops.torch_versions import VERSION
 
 CPU = torch.device('cpu')
 DTYPES = [torch.float32, torch.bfloat16]
+LIBRARY = next(Path(cpp.__file__).parent.glob('_cpp.abi3.so'), None)
+# those of the checkout, which the library was compiled from also where it was installed from a wheel, without them
+SOURCES = [Path(__file__).parents[2] / 'sn_openmmlab/ops/backends/cpp' / path.name for path in cpp.algebra._SOURCES]
 needs_library = pytest.mark.skipif(not cpp.runs_on(CPU, torch.float32), reason='the installation found no C++ compiler')
 
 
@@ -182,24 +186,23 @@ def test_algebra_equals_float64(n, c, names, frozen, affine):
             torch.testing.assert_close(a.double(), b.view_as(a).double(), rtol=1e-6, atol=0)
 
 
+def step(shared):
+    """Output and gradients for some images, or for this process's half of them."""
+    x, logits = torch.randn(4, 4, 5, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0.3, -0.2, 0.5])
+    if shared:
+        x = x.chunk(2)[dist.get_rank()]
+    leaves = [t.clone().requires_grad_() for t in (x, logits, logits)]
+    with mock.patch.dict(os.environ, SN_BACKEND='cpp'):
+        y = switch_norm(*leaves, training=True, group=dist.group.WORLD if shared else None)
+        return [y.detach(), *torch.autograd.grad(y.pow(3).sum(), leaves)]
+
+
 @needs_library
-def test_synchronised_statistics(monkeypatch):
+def test_synchronised_statistics(two):
     """Sums over a group are those of the shared algebra, between the C++ passes."""
-    monkeypatch.setenv('SN_BACKEND', 'cpp')
-    x, logits = torch.randn(3, 4, 5, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0.3, -0.2, 0.5])
-
-    def step(group):
-        leaves = [t.clone().requires_grad_() for t in (x, logits, logits)]
-        y = switch_norm(*leaves, training=True, group=group)
-        return [y, *torch.autograd.grad(y.pow(3).sum(), leaves)]
-
-    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        synchronised = step(dist.group.WORLD)
-    finally:
-        dist.destroy_process_group()
-    for a, b in zip(synchronised, step(None)):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    y, dx, *dlogits = zip(*two(step, True))
+    for got, expected in zip([torch.cat(y), torch.cat(dx), *map(sum, dlogits)], step(False)):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 @needs_library
@@ -239,7 +242,7 @@ def fresh():
 
 def test_without_a_library_native_serves_silently(monkeypatch, fresh):
     monkeypatch.delenv('SN_BACKEND', raising=False)
-    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    monkeypatch.setattr(cpp.algebra, '_FOLDER', Path('an installation without it'))
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         assert backends.choose(CPU, torch.float32) is native
@@ -249,7 +252,7 @@ def test_a_library_that_cannot_be_loaded_is_said_once(monkeypatch, fresh, tmp_pa
     monkeypatch.delenv('SN_BACKEND', raising=False)
     broken = tmp_path / '_cpp.so'
     broken.write_bytes(b'not a library')
-    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: types.SimpleNamespace(origin=str(broken)))
+    monkeypatch.setattr(cpp.algebra, '_FOLDER', tmp_path)
     with pytest.raises(OSError):
         ctypes.CDLL(str(broken))
     with pytest.warns(UserWarning, match='cannot be loaded: .*_cpp.so.*Install sn_openmmlab anew'):
@@ -259,27 +262,39 @@ def test_a_library_that_cannot_be_loaded_is_said_once(monkeypatch, fresh, tmp_pa
         assert backends.choose(CPU, torch.float32) is native
 
 
-def pretend_installed(monkeypatch, path):
+@needs_library
+def test_an_older_library_beside_the_new_one_does_not_matter(monkeypatch, fresh, tmp_path):
+    """Before there was one for all Pythons it had the name of one, which Python finds first."""
+    suffixes = importlib.machinery.EXTENSION_SUFFIXES
+    assert suffixes[-2:] == ['.abi3.so', '.so']
+    shutil.copy(_ctypes.__file__, tmp_path / f'_cpp{suffixes[0]}')  # some library without the functions
     monkeypatch.delenv('SN_BACKEND', raising=False)
-    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: types.SimpleNamespace(origin=str(path)))
+    monkeypatch.setattr(cpp.algebra, '_FOLDER', tmp_path)
+    with pytest.warns(UserWarning, match='cannot be loaded: .*undefined symbol: sn_stamp'):
+        assert backends.choose(CPU, torch.float32) is native
+    cpp.library.cache_clear()
+    shutil.copy(LIBRARY, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert backends.choose(CPU, torch.float32) is cpp
 
 
 @needs_library
 def test_a_library_of_other_code_is_not_taken(monkeypatch, fresh, tmp_path):
     """After ``git pull`` in an editable install its functions may want other arguments, whatever the times of files."""
     changed = tmp_path / 'passes.cpp'
-    changed.write_bytes(cpp.algebra._SOURCES[0].read_bytes() + b'\n')
+    changed.write_bytes(SOURCES[0].read_bytes() + b'\n')
     os.utime(changed, (0, 0))
     monkeypatch.delenv('SN_BACKEND', raising=False)
-    monkeypatch.setattr(cpp.algebra, '_SOURCES', [changed, *cpp.algebra._SOURCES[1:]])
+    monkeypatch.setattr(cpp.algebra, '_SOURCES', [changed, *SOURCES[1:]])
     with pytest.warns(UserWarning, match='has changed since it was compiled. Install sn_openmmlab anew'):
         assert backends.choose(CPU, torch.float32) is native
 
 
 @needs_library
 def test_a_library_whose_code_was_only_touched_is_taken(monkeypatch, fresh, tmp_path):
-    copies = [tmp_path / source.name for source in cpp.algebra._SOURCES]
-    for copy, source in zip(copies, cpp.algebra._SOURCES):
+    copies = [tmp_path / source.name for source in SOURCES]
+    for copy, source in zip(copies, SOURCES):
         copy.write_bytes(source.read_bytes())
     monkeypatch.delenv('SN_BACKEND', raising=False)
     monkeypatch.setattr(cpp.algebra, '_SOURCES', copies)
@@ -296,23 +311,16 @@ def test_a_library_of_another_version_is_not_taken(monkeypatch, fresh):
         assert backends.choose(CPU, torch.float32) is native
 
 
-def test_a_library_without_the_functions_is_not_taken(monkeypatch, fresh):
-    pretend_installed(monkeypatch, _ctypes.__file__)  # some library
-    with pytest.warns(UserWarning, match='cannot be loaded: .*undefined symbol: sn_stamp'):
-        assert backends.choose(CPU, torch.float32) is native
-
-
 @needs_library
 @pytest.mark.parametrize('part', [0.0, 0.02, 0.5, 0.92, 0.999])
 def test_a_library_that_is_cut_off_does_not_end_the_process(part, tmp_path):
     """As by a full disk; loading it is what did."""
-    whole = Path(importlib.util.find_spec('sn_openmmlab.ops.backends.cpp._cpp').origin).read_bytes()
+    whole = LIBRARY.read_bytes()
     cut = tmp_path / '_cpp.so'
     cut.write_bytes(whole[: int(len(whole) * part)])
     code = (
-        'import importlib.util, types, torch; from sn_openmmlab import SwitchNorm; real = importlib.util.find_spec;'
-        f'cut = types.SimpleNamespace(origin={str(cut)!r});'
-        "importlib.util.find_spec = lambda n, *a: cut if n.endswith('_cpp') else real(n, *a);"
+        'import pathlib, torch; from sn_openmmlab import SwitchNorm; from sn_openmmlab.ops.backends.cpp import algebra;'
+        f'algebra._FOLDER = pathlib.Path({str(tmp_path)!r});'
         'print(SwitchNorm(3)(torch.randn(2, 3, 4, 4)).isfinite().all())'
     )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)

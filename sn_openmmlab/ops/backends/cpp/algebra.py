@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import importlib.util
+import importlib.machinery
 import warnings
 from pathlib import Path
 
@@ -18,7 +18,8 @@ from torch import Tensor
 from ....version import __version__
 from .. import algebra
 
-_SOURCES = [Path(__file__).with_name(name) for name in ('passes.cpp', 'algebra.cpp', 'parallel.h')]  # not in a wheel
+_FOLDER = Path(__file__).parent
+_SOURCES = [_FOLDER / name for name in ('passes.cpp', 'algebra.cpp', 'parallel.h')]  # not in a wheel
 
 
 class _Arguments(ctypes.Structure):
@@ -105,19 +106,25 @@ def pointer(t: Tensor | None) -> int | None:
 @functools.lru_cache(None)
 def library() -> ctypes.CDLL | None:
     """What setup.py compiled; None where it could not, where it cannot be loaded, or where it is out of date."""
-    spec = importlib.util.find_spec(f'{__package__}._cpp')
-    if spec is None:
-        return None
-    try:
-        _check_length(Path(spec.origin))
-        library = ctypes.CDLL(spec.origin)
-        _check_stamp(library)
-    except (OSError, AttributeError) as error:
-        warnings.warn(
-            f'SwitchNorm takes slower kernels of torch, since its own cannot be loaded: {error}. Install sn_openmmlab '
-            'anew, where it is to run',
-            stacklevel=6,
-        )
+    reason = None
+    # several may lie here: an older install's was compiled for one Python, under a name that Python itself prefers
+    for path in (_FOLDER / f'_cpp{suffix}' for suffix in importlib.machinery.EXTENSION_SUFFIXES):
+        if not path.exists():
+            continue
+        try:
+            _check_length(path)
+            library = ctypes.CDLL(str(path))
+            _check_stamp(library)
+            break
+        except (OSError, AttributeError) as error:
+            reason = error
+    else:
+        if reason is not None:
+            warnings.warn(
+                f'SwitchNorm takes slower kernels of torch, since its own cannot be loaded: {reason}. Install '
+                'sn_openmmlab anew, where it is to run',
+                stacklevel=6,
+            )
         return None
     sizes = [ctypes.c_int64] * 3 + [ctypes.c_int] * 2 + [ctypes.c_int64]
     for function, arguments in (
