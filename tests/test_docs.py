@@ -26,7 +26,7 @@ import runpy
 import shutil
 import subprocess
 import sys
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -140,7 +140,7 @@ def blocks(page):
     return [(t.map[0] + 1, t.info.strip(), t.content) for t in tokens(page) if t.type in ('fence', 'code_block')]
 
 
-@cache
+@lru_cache(None)
 def tokens(page):
     return MarkdownIt('commonmark').enable('table').parse(page.read_text())
 
@@ -321,7 +321,7 @@ def test_links(page):
         assert not heading or heading in headings(target), f'{link}: there is no such heading'
 
 
-@cache
+@lru_cache(None)
 def headings(page):
     """The anchors that GitHub gives to the headings."""
     after = zip(tokens(page), tokens(page)[1:])

@@ -22,6 +22,7 @@ from torch import nn
 from sn_openmmlab import SparseSwitchNorm, SwitchNorm, SyncSN, convert_switch_norm, swap_norm
 from sn_openmmlab.layers.start import correct_for_blend, start_ratios
 from sn_openmmlab.layers.state_dict import tell_starts
+from sn_openmmlab.ops.torch_versions import VERSION
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get('SN_DATA_ROOT') or ROOT.parent / 'shared/data')
@@ -381,6 +382,7 @@ def test_a_frozen_stem_is_batch_norms_and_stays(init_ratios):
 # -- unusual parameters ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(VERSION < (2, 1), reason='load_state_dict(assign=True) came with torch 2.1')
 def test_parameters_on_meta():
     """Assigned, as large models are made; the logits have to come from somewhere."""
     state = batch_norm(*[v.float() for v in statistics(5)]).state_dict()
@@ -396,12 +398,14 @@ def test_parameters_on_meta():
 def sharded(kind, state):
     """Load BatchNorm's weights into a model whose parameters are shared out over processes; then all, gathered."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
 
     net = nn.Sequential(nn.Conv2d(3, 5, 3), SwitchNorm(5))
     if kind == 'FSDP2':
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor import distribute_tensor
+
         net = fully_shard(net, mesh=init_device_mesh('cpu', (2,)))
         for name, p in net.named_parameters():
             if name in state:
@@ -414,7 +418,15 @@ def sharded(kind, state):
     return get_model_state_dict(net, options=StateDictOptions(full_state_dict=True))
 
 
-@pytest.mark.parametrize('kind', ['FSDP1', 'FSDP1, original', 'FSDP2'])
+@pytest.mark.skipif(VERSION < (2, 3), reason='get_model_state_dict came with torch 2.2, for the CPU with 2.3')
+@pytest.mark.parametrize(
+    'kind',
+    [
+        'FSDP1',
+        'FSDP1, original',
+        pytest.param('FSDP2', marks=pytest.mark.skipif(VERSION < (2, 6), reason='fully_shard came with torch 2.6')),
+    ],
+)
 def test_sharded_parameters(two, kind):
     net = nn.Sequential(nn.Conv2d(3, 5, 3), batch_norm(*[v.float() for v in statistics(5)]))
     state = net.state_dict()

@@ -310,8 +310,8 @@ def test_hooks_see_what_they_see_of_a_batch_norm():
             m.register_full_backward_hook(lambda m, dx, dy, s=shapes: s.append(('backward', dx[0].shape)))
         net(batches()[0].requires_grad_()).pow(2).sum().backward()
         seen[name] = shapes
-    assert len(seen['bn']) == 6
-    for a, b in zip(seen['bn'], seen['sn'], strict=True):
+    assert len(seen['bn']) == len(seen['sn']) == 6
+    for a, b in zip(seen['bn'], seen['sn']):
         assert a[:2] == b[:2] and a[2:] == pytest.approx(b[2:], abs=1e-9)
 
 

@@ -148,9 +148,9 @@ def arguments():
 @pytest.mark.parametrize('name', PARAMETERS)
 def test_parameters_that_are_no_plain_memory_count(name, change):
     args = arguments()
-    got = switch_norm(**args | {name: change(args[name])})
+    got = switch_norm(**{**args, name: change(args[name])})
     got = got.a if isinstance(got, TwoTensor) else got
-    expected = switch_norm(**args | {name: -args[name] if change is torch._neg_view else args[name]})
+    expected = switch_norm(**{**args, name: -args[name] if change is torch._neg_view else args[name]})
     torch.testing.assert_close(got, expected, equal_nan=True, **CLOSE)  # the root of a negated variance
 
 
@@ -161,12 +161,12 @@ def test_parameters_that_are_no_plain_memory_count(name, change):
 def test_parameters_on_another_device_are_named(name):
     args = arguments()
     with pytest.raises(ValueError, match=rf'{name} is on meta and the input on cpu; move one, e.g. by layer.to'):
-        switch_norm(**args | {name: args[name].to('meta')})
+        switch_norm(**{**args, name: args[name].to('meta')})
 
 
 def test_input_on_another_device_is_named():
     with pytest.raises(ValueError, match='mean_weight is on cpu and the input on meta'):
-        switch_norm(**arguments() | dict(x=images().to('meta')))
+        switch_norm(**{**arguments(), 'x': images().to('meta')})
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert SwitchNorm(3)(torch.empty(2, 3, 4, 5)).shape == (2, 3, 4, 5)
 
