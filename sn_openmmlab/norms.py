@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mmengine.model import is_model_wrapper
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -35,8 +37,8 @@ def own_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, module) for name, module in model.named_modules() if id(module) not in inside]
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model as checkpoints know it, without DistributedDataParallel."""
+def unwrapped(model: nn.Module) -> Any:
+    """The model as checkpoints know it, without DistributedDataParallel: a module of any class."""
     return model.module if is_model_wrapper(model) else model
 
 

@@ -6,7 +6,8 @@ import contextlib
 import copy
 import itertools
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any, Dict, Tuple, Union
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from torch.utils.data import DataLoader
 
 from .norms import is_mm_sync_bn, unwrapped
 from .ops.formula import moments_dtype
+
+_Moments = Tuple[int, Union[Tensor, float], Union[Tensor, float]]  # number of pixels, mean (C,), biased variance (C,)
+_Seen = Dict[nn.Module, _Moments]
 
 
 @torch.no_grad()
@@ -56,30 +60,34 @@ def average_statistics(model: nn.Module, batches: Iterable, num_batches: int | N
         list[str]: The names of the modules whose ``running_mean`` and ``running_var`` were replaced.
 
     Raises:
-        ValueError: If the model has no such layer, all are frozen, or there are fewer batches than ``num_batches``.
+        ValueError: If the model has no such layer, all are frozen, there are fewer batches than ``num_batches``, or it
+            is None and the batches have no length.
         RuntimeError: If no pixel came to any of the layers.
 
     Examples:
         >>> from sn_openmmlab import average_statistics
         >>> average_statistics(runner.model, runner.train_dataloader, 200)  # doctest: +SKIP
     """
-    model = unwrapped(model)
-    num_batches = len(batches) if num_batches is None else num_batches
-    check_number(num_batches, len(batches) if hasattr(batches, '__len__') else num_batches)
-    layers = statistics_layers(model)
-    with _undone(model), contextlib.ExitStack() as hooks:
-        model.train()
+    base_model = unwrapped(model)
+    available = len(batches) if isinstance(batches, Sized) else num_batches
+    if available is None:
+        raise ValueError(f'a {type(batches).__name__} has no length: say in num_batches how many batches to take')
+    num_batches = available if num_batches is None else num_batches
+    check_number(num_batches, available)
+    layers = statistics_layers(base_model)
+    with _undone(base_model), contextlib.ExitStack() as hooks:
+        base_model.train()
         layers = {name: layer for name, layer in layers.items() if layer.training}
         if not layers:
             raise ValueError('all SN and BN layers of the model are frozen (norm_eval, frozen_stages): none to average')
-        seen = dict.fromkeys(layers.values(), (0, 0.0, 0.0))
+        seen: _Seen = dict.fromkeys(layers.values(), (0, 0.0, 0.0))
         for layer in layers.values():  # an SN layer's input comes to the hooks of its statistics too
             hook = layer.register_forward_pre_hook(lambda layer, args: _add(seen, layer, args[0]))
             hooks.callback(hook.remove)
         count = 0
         batches = itertools.islice(batches, num_batches)
         for batch in track_iter_progress((batches, num_batches)) if is_main_process() else batches:
-            model._run_forward(model.data_preprocessor(batch, True), mode='loss')
+            base_model._run_forward(base_model.data_preprocessor(batch, True), mode='loss')
             count += 1
         if count < num_batches:
             raise ValueError(f'num_batches={num_batches}, but there are {count} batches')
@@ -109,8 +117,8 @@ def average_runner_statistics(runner: Runner, num_batches: int) -> list[str]:
     return names
 
 
-def statistics_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a model that hold running statistics, ``bn`` of SN layers and BatchNorms, by name.
+def statistics_layers(model: nn.Module) -> dict[str, Any]:
+    """The modules of a model that hold running statistics, ``bn`` of SN layers and BatchNorms of any class, by name.
 
     Raises:
         ValueError: If there are none.
@@ -131,7 +139,7 @@ def check_number(num_batches: int, available: int) -> None:
         raise ValueError(f'num_batches must be from 1 to {available}, the batches of an epoch, got {num_batches}')
 
 
-def _add(seen: dict, layer: nn.Module, x: Tensor) -> None:
+def _add(seen: _Seen, layer: nn.Module, x: Tensor) -> None:
     """Join the moments of one input to those of a layer's earlier ones."""
     n = x.numel() // x.shape[1]
     if n == 0:
@@ -148,11 +156,14 @@ def _add(seen: dict, layer: nn.Module, x: Tensor) -> None:
     )
 
 
-def _write(layers: dict[str, nn.Module], seen: dict) -> list[str]:
+def _write(layers: dict[str, Any], seen: _Seen) -> list[str]:
     """Join the moments of all processes, in float64, and let the layers have them."""
     sizes = [layer.num_features for layer in layers.values()]
-    double = dict(dtype=torch.float64, device=next(iter(layers.values())).running_mean.device)
-    rows = [[torch.as_tensor(t, **double).expand(layer.num_features) for t in seen[layer]] for layer in layers.values()]
+    device = next(iter(layers.values())).running_mean.device
+    rows = [
+        [torch.as_tensor(t, dtype=torch.float64, device=device).expand(layer.num_features) for t in seen[layer]]
+        for layer in layers.values()
+    ]
     count, mean, var = map(torch.cat, zip(*rows))
     total, joint = _sum_over_ranks(torch.stack([count, count * mean]))
     joint = joint / total.clamp(min=1)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..ops import NORMALIZERS
@@ -34,7 +37,7 @@ def figures(runs: list[Run]) -> dict[str, Figure]:
 
 def layers(runs: list[Run]) -> Figure:
     """Stacked bars of every layer, one column for the means and one for the variances of each run."""
-    names = {}
+    names: dict[str, dict[str, None]] = {}
     for run in runs:
         for part, layers in run.parts.items():
             names.setdefault(part, {}).update(dict.fromkeys(layers))
@@ -149,8 +152,8 @@ def _text(name: str) -> str:
     return name.replace('$', r'\$')
 
 
-def _bars(ax, places, ratios, numbers: bool = False) -> None:
-    ratios = np.nan_to_num(ratios)
+def _bars(ax: Axes, places: Sequence[float] | np.ndarray, layers: Sequence[np.ndarray], numbers: bool = False) -> None:
+    ratios = np.nan_to_num(layers)
     left = np.zeros(len(ratios))
     for normalizer, values in zip(NORMALIZERS, ratios.T):
         bars = ax.barh(places, values, 0.86, left, color=COLORS[normalizer])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -41,7 +42,7 @@ class Run:
     @property
     def parts(self) -> dict[str, list[str]]:
         """The names of the layers in each part."""
-        parts = {}
+        parts: dict[str, list[str]] = {}
         for layer in self.layers:
             parts.setdefault(part_name(layer), []).append(layer)
         return parts
@@ -78,7 +79,7 @@ def read_ratios(path: str | Path, label: str | None = None) -> Run:
     return _run(label or f'{name.parent.name}/{name.stem}', _read_checkpoint(path, {}))
 
 
-def _run(label: str, layers: dict[str, np.ndarray], course=None) -> Run:
+def _run(label: str, layers: dict[str, np.ndarray], course: dict[int, dict[str, np.ndarray]] | None = None) -> Run:
     """A run whose names can be printed, whatever the bytes of a path are, or of a file that is none of ours."""
     for layer in layers:
         if not layer.isprintable():
@@ -87,10 +88,10 @@ def _run(label: str, layers: dict[str, np.ndarray], course=None) -> Run:
     return Run(label, layers, course or {})
 
 
-def mean_ratios(ratios) -> np.ndarray:
+def mean_ratios(ratios: Iterable[np.ndarray]) -> np.ndarray:
     """Mean of several layers' ratios (2, 3); a normalizer that a layer does not have counts as 0, unless none has."""
-    ratios = np.stack(list(ratios))
-    return np.where(np.isnan(ratios).all(0), np.nan, np.nan_to_num(ratios).mean(0))
+    stacked = np.stack(list(ratios))
+    return np.where(np.isnan(stacked).all(0), np.nan, np.nan_to_num(stacked).mean(0))
 
 
 def _read_checkpoint(path: Path, known: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -112,17 +113,18 @@ def _ratios(
     layer: str, logits: list[Tensor | None], radius: Tensor | None, has_bn: bool, known: np.ndarray | None
 ) -> np.ndarray:
     """Softmax of the logits, or what SSN has in its place, which is the one with a radius."""
-    if any(values is None or values.dim() != 1 or len(values) != len(logits[0]) for values in logits):
+    vectors = [values for values in logits if values is not None and values.dim() == 1]
+    if len(vectors) < len(logits) or any(len(values) != len(vectors[0]) for values in vectors):
         shapes = ' and '.join('none' if values is None else str(tuple(values.shape)) for values in logits)
         raise ValueError(f'{layer}: mean_weight and var_weight must be two vectors of one length, got {shapes}')
-    if not all(map(_is_plain, logits)):
+    if not all(map(_is_plain, vectors)):
         raise ValueError(f'{layer}: its logits are no tensors that hold their values one by one')
-    if not all(values.isfinite().all() for values in logits):
+    if not all(values.isfinite().all() for values in vectors):
         raise ValueError(f'{layer}: its logits are no finite numbers, the training has diverged')
     if radius is not None and not (_is_plain(radius) and radius.numel() == 1 and radius.isfinite()):
         raise ValueError(f'{layer}: its radius must be one finite number, got {radius}')
-    count, logits = len(logits[0]), torch.stack(logits).float()
-    ratios = (logits.softmax(1) if radius is None else sparsestmax(logits, radius)).tolist()
+    count, both = len(vectors[0]), torch.stack(vectors).float()
+    ratios = (both.softmax(1) if radius is None else sparsestmax(both, radius)).tolist()
     if known is not None and (~np.isnan(known[0])).sum() == count:
         return _filled(ratios, ~np.isnan(known[0]))
     if count != 3 and (count != 2 or has_bn):
@@ -137,7 +139,7 @@ def _is_plain(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
 
 
-def _filled(ratios: list[list[float]], places=None) -> np.ndarray:
+def _filled(ratios: list[list[float]], places: np.ndarray | None = None) -> np.ndarray:
     """Ratios of the normalizers at ``places`` as an array (2, 3); by default the first ones, a pair being IN and LN."""
     array = np.full((2, 3), np.nan)
     array[:, slice(len(ratios[0])) if places is None else places] = ratios
@@ -156,7 +158,7 @@ def _read_result(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_work_dir(folder: Path) -> tuple[dict[str, np.ndarray], dict[int, dict[str, np.ndarray]]]:
-    course = {}
+    course: dict[int, dict[str, np.ndarray]] = {}
     for log in sorted(folder.glob(f'*/vis_data/{FILE}')):  # folders are named by date and time
         records = _read_log(log)
         # a resumed training goes on from its checkpoint, whatever came after that before
@@ -176,11 +178,12 @@ def _read_work_dir(folder: Path) -> tuple[dict[str, np.ndarray], dict[int, dict[
 
 def _read_log(path: Path) -> dict[int, dict[str, np.ndarray]]:
     text = path.read_text(encoding='utf-8')
-    records = {}
+    records: dict[int, dict[str, np.ndarray]] = {}
     for line in text[: text.rfind('\n') + 1].splitlines():  # without one that is being written
         try:
             record = json.loads(line)
-            ratios = records[record['step']] = {}
+            ratios: dict[str, np.ndarray] = {}
+            records[record['step']] = ratios
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f'{path} is no log of SNRatioHook ({line[:60]!r})') from error
         for tag, value in record.items():

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any, Union
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..layers import SwitchNorm
 from .layers import as_batch_norm, follow, is_one_hot, replace
 
+_Conv = Union[nn.Conv1d, nn.Conv2d, nn.Conv3d]
+
 
 @torch.no_grad()
-def fold_batch_norm(model: nn.Module, *args, **kwargs) -> int:
+def fold_batch_norm(model: nn.Module, *args: Any, **kwargs: Any) -> int:
     r"""Fold every SN layer whose importance is all on BN, in means and variances, into the convolution before it.
 
     In evaluation mode such a layer is a map of each channel by itself,
@@ -47,39 +51,46 @@ def fold_batch_norm(model: nn.Module, *args, **kwargs) -> int:
     if training:
         raise ValueError(f'folding is for evaluation; call model.eval() first ({training[0]} is in training mode)')
     layers = [m for m in model.modules() if isinstance(m, SwitchNorm) and is_one_hot(m)]
-    new = {layer: as_batch_norm(layer) for layer in layers}
-    for layer, conv in _convs_before(model, layers, args, kwargs).items():
-        new[conv] = fuse_conv_bn_eval(conv, new[layer])
+    norms = {layer: as_batch_norm(layer) for layer in layers}
+    new: dict[nn.Module, nn.Module] = dict(norms.items())
+    convs = _convs_before(model, layers, args, kwargs)
+    for layer, conv in convs.items():
+        new[conv] = fuse_conv_bn_eval(conv, norms[layer])
         new[layer] = follow(layer, nn.Identity()).eval()
     replace(model, new)
-    return sum(isinstance(module, nn.Identity) for module in new.values())
+    return len(convs)
 
 
-def _convs_before(model: nn.Module, layers: list[nn.Module], args, kwargs) -> dict[nn.Module, nn.Module]:
+def _convs_before(
+    model: nn.Module, layers: Sequence[SwitchNorm], args: tuple, kwargs: dict[str, Any]
+) -> dict[SwitchNorm, _Conv]:
     """Layers, and the convolution whose every output goes, as it is, to this layer and is all that the layer gets."""
-    calls, sources = Counter(), defaultdict(list)
-    last = conv_of_last = version = None
+    calls: Counter[_Conv] = Counter()
+    sources: defaultdict[SwitchNorm, list[_Conv | None]] = defaultdict(list)
+    last: Tensor | None = None
+    conv_of_last: _Conv | None = None
+    version = 0
 
-    def after_conv(conv, _, output):
+    def after_conv(conv: _Conv, _: object, output: Tensor) -> None:
         nonlocal last, conv_of_last, version
         calls[conv] += 1
         last, conv_of_last, version = output, conv, output._version
 
-    def before_layer(layer, inputs):
-        unchanged = inputs[0] is last and last._version == version  # not so after ReLU(inplace=True)
+    def before_layer(layer: SwitchNorm, inputs: tuple[Tensor]) -> None:
+        unchanged = inputs[0] is last and inputs[0]._version == version  # not so after ReLU(inplace=True)
         sources[layer].append(conv_of_last if unchanged else None)
 
     # exact types: those derived may do more to their weight
-    convs = [m for m in model.modules() if type(m) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)]
-    hooks = [conv.register_forward_hook(after_conv) for conv in convs]
+    plain = [m for m in model.modules() if type(m) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)]
+    hooks = [conv.register_forward_hook(after_conv) for conv in plain]
     hooks += [layer.register_forward_pre_hook(before_layer) for layer in layers]
     try:
         model(*args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()
-    return {
-        layer: given[0]
-        for layer, given in sources.items()
-        if given[0] is not None and given == [given[0]] * calls[given[0]]
-    }
+    convs = {}
+    for layer, (first, *others) in sources.items():
+        if first is not None and [first, *others] == [first] * calls[first]:
+            convs[layer] = first
+    return convs

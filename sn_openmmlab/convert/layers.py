@@ -6,6 +6,8 @@ Weights, shifts and running statistics stay; only the kind of layer changes.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,11 +19,17 @@ from ..layers.batch_statistics import is_synchronised
 from ..layers.state_dict import tell_starts
 from ..norms import is_mmcvs, is_switchable
 
+_Layer = TypeVar('_Layer', bound=nn.Module)
+
 ONE_HOT = 1 - 1e-6  # a smaller importance ratio of BN is not BatchNorm
 
 
 def convert_switch_norm(
-    model: nn.Module, to: str = 'SN', init_ratios=None, inplace: bool = True, correction: bool = True
+    model: nn.Module,
+    to: str = 'SN',
+    init_ratios: Sequence[float] | None = None,
+    inplace: bool = True,
+    correction: bool = True,
 ) -> nn.Module:
     r"""Replace every BatchNorm, SyncBatchNorm, GroupNorm and InstanceNorm of a model by Switchable Normalization.
 
@@ -73,18 +81,20 @@ def convert_switch_norm(
         raise ValueError(f"to must be 'SN', 'SyncSN', 'SSN' or 'BN', got {to!r}")
     if to == 'BN' and init_ratios is not None:
         raise ValueError(f"init_ratios={init_ratios!r} is for SN layers, and to='BN' makes none; leave it out")
-    found = dict(_norms(model, to))
-    _check(found, to)
+    if to == 'BN':
+        _check_one_hot(_switch_norms(model))
+    else:
+        _check_convertible(_other_norms(model))
     if not inplace:
         model = copy.deepcopy(model)
-        found = dict(_norms(model, to))
+    new: Mapping[Any, nn.Module]
     if to == 'BN':
-        new = {layer: as_batch_norm(layer) for layer in found.values()}
+        new = {layer: as_batch_norm(layer) for layer in _switch_norms(model).values()}
     else:
         like = next(model.parameters(), torch.empty(0))  # for layers that hold nothing
         args = dict(init_ratios=init_ratios, correction=correction)
-        new = {layer: _switch_norm(layer, to, args, like) for layer in found.values()}
-        for old, layer in new.items():
+        new = layers = {layer: _as_switch_norm(layer, to, args, like) for layer in _other_norms(model).values()}
+        for old, layer in layers.items():  # now that none was refused: this changes weights of the model
             if _is_batch_norm(old):
                 start = layer.start_from(layer.weight, layer.bias, layer.bn.running_mean, layer.bn.running_var, new)
                 for name, value in start.items():
@@ -94,31 +104,38 @@ def convert_switch_norm(
     return new.get(model, model)
 
 
-def replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
+def replace(model: nn.Module, new: Mapping[Any, nn.Module]) -> None:
+    """Put new modules in the places of old ones, in all of them where a module has several."""
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):  # named_children() leaves out second names of a child
-            if child in new:
+            if child is not None and child in new:
                 setattr(module, name, new[child])
 
 
-def _norms(model: nn.Module, to: str):
-    """Names and layers that are to be replaced, each layer once; not the statistics inside SN layers."""
-    inside = {id(layer.bn) for layer in model.modules() if isinstance(layer, SwitchNorm)}
-    for name, layer in model.named_modules():
-        if isinstance(layer, SwitchNorm) if to == 'BN' else is_switchable(type(layer)) and id(layer) not in inside:
-            yield name, layer
+def _switch_norms(model: nn.Module) -> dict[str, SwitchNorm]:
+    """The SN layers by name, each once."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, SwitchNorm)}
 
 
-def _check(found: dict[str, nn.Module], to: str) -> None:
-    if to == 'BN':
-        other = [f'{name or "the model"} ({_ratios(layer)})' for name, layer in found.items() if not is_one_hot(layer)]
-        if other:
-            raise ValueError(
-                f'{len(other)} of {len(found)} SN layers are no BatchNorm: their importance ratios (of the means; of '
-                f'the variances) are not one-hot on BN: {", ".join(other)}. Layers that started from '
-                'init_ratios=(0, 0, 1) can go back'
-            )
-        return
+def _other_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers by name, each once, that SN can stand in place of; not the statistics inside SN layers."""
+    inside = {id(layer.bn) for layer in _switch_norms(model).values()}
+    return {
+        name: layer for name, layer in model.named_modules() if is_switchable(type(layer)) and id(layer) not in inside
+    }
+
+
+def _check_one_hot(found: dict[str, SwitchNorm]) -> None:
+    other = [f'{name or "the model"} ({_ratios(layer)})' for name, layer in found.items() if not is_one_hot(layer)]
+    if other:
+        raise ValueError(
+            f'{len(other)} of {len(found)} SN layers are no BatchNorm: their importance ratios (of the means; of '
+            f'the variances) are not one-hot on BN: {", ".join(other)}. Layers that started from '
+            'init_ratios=(0, 0, 1) can go back'
+        )
+
+
+def _check_convertible(found: dict[str, nn.Module]) -> None:
     lazy = [name for name, layer in found.items() if isinstance(layer, _LazyNormBase)]
     if lazy:
         raise ValueError(f'these layers do not know their number of channels before a first forward: {", ".join(lazy)}')
@@ -150,7 +167,8 @@ def _only_normalizes(layer: nn.Module) -> bool:
     """Whether all that a layer does is its base's, as far as a class can tell."""
     if _is_timms(layer, 'GroupNorm', 'GroupNorm1'):  # with a kernel of its own
         return True
-    bases = [_BatchNorm, nn.SyncBatchNorm, _InstanceNorm, nn.GroupNorm, *filter(is_mmcvs, type(layer).__mro__)]
+    bases: list[Any] = [_BatchNorm, nn.SyncBatchNorm, _InstanceNorm, nn.GroupNorm]
+    bases += filter(is_mmcvs, type(layer).__mro__)
     return type(layer).forward in [base.forward for base in bases] and not [*layer.children()]
 
 
@@ -165,7 +183,7 @@ def _is_timms(layer: nn.Module, *names: str) -> bool:
     return type(layer).__module__.startswith('timm.') and type(layer).__name__ in names
 
 
-def follow(old: nn.Module, new: nn.Module) -> nn.Module:
+def follow(old: nn.Module, new: _Layer) -> _Layer:
     """``new``, after which comes what comes after ``old``."""
     if _has_activation(old):
         new.drop, new.act = old.drop, old.act
@@ -173,7 +191,7 @@ def follow(old: nn.Module, new: nn.Module) -> nn.Module:
     return new
 
 
-def _then_act(layer: nn.Module, _, output: torch.Tensor) -> torch.Tensor:
+def _then_act(layer: Any, _: object, output: torch.Tensor) -> torch.Tensor:
     return layer.act(layer.drop(output))
 
 
@@ -194,11 +212,13 @@ def _ratios(layer: SwitchNorm) -> str:
     return f'{names} ' + '; '.join(' '.join(f'{r:.3g}' for r in row) for row in layer.importance_ratios.tolist())
 
 
-def _switch_norm(old: nn.Module, to: str, args: dict, like: torch.Tensor) -> SwitchNorm:
+def _as_switch_norm(old: Any, to: str, args: dict[str, Any], like: torch.Tensor) -> SwitchNorm:
     """An SN layer with the weight, shift, statistics and mode of ``old``."""
-    rank = {nn.BatchNorm1d: SwitchNorm1d, nn.BatchNorm3d: SwitchNorm3d}
-    cls = next((new for kind, new in rank.items() if isinstance(old, kind)), SwitchNorm)
-    cls = dict(SyncSN=SyncSN, SSN=SparseSwitchNorm).get(to, cls)
+    cls: type[SwitchNorm] = SwitchNorm
+    if to != 'SN':
+        cls = SyncSN if to == 'SyncSN' else SparseSwitchNorm
+    elif isinstance(old, (nn.BatchNorm1d, nn.BatchNorm3d)):
+        cls = SwitchNorm1d if isinstance(old, nn.BatchNorm1d) else SwitchNorm3d
     channels = old.num_channels if isinstance(old, nn.GroupNorm) else old.num_features
     momentum = dict(momentum=old.momentum) if _is_batch_norm(old) else {}
     like = next((t for t in (*old.parameters(), *old.buffers()) if t.is_floating_point()), like)
@@ -214,25 +234,26 @@ def _switch_norm(old: nn.Module, to: str, args: dict, like: torch.Tensor) -> Swi
     return follow(old, new).train(old.training)
 
 
-def as_batch_norm(old: SwitchNorm) -> nn.Module:
+def as_batch_norm(old: SwitchNorm) -> _BatchNorm:
     """The BatchNorm that an SN layer with all importance on BN is."""
     bn = old._statistics()
     synced = old.group_size != 1 if isinstance(old, SyncSN) else is_synchronised(bn)
-    rank = (
-        nn.BatchNorm1d if isinstance(old, SwitchNorm1d) else nn.BatchNorm3d if isinstance(old, SwitchNorm3d) else None
-    )
-    cls = nn.SyncBatchNorm if synced else rank or nn.BatchNorm2d
+    cls: type[nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm] = nn.BatchNorm2d
+    if synced:
+        cls = nn.SyncBatchNorm
+    elif isinstance(old, (SwitchNorm1d, SwitchNorm3d)):
+        cls = nn.BatchNorm1d if isinstance(old, SwitchNorm1d) else nn.BatchNorm3d
     like = bn.running_mean
     new = cls(old.num_features, old.eps, old.momentum, old.affine, device=like.device, dtype=like.dtype)
     if old.affine:
         new.weight, new.bias = old.weight, old.bias
     _move_statistics(bn, new)
-    if synced:
+    if isinstance(new, nn.SyncBatchNorm):
         new.process_group = old._group(bn)
     return follow(old, new.train(bn.training))
 
 
-def _bias(old: nn.Module) -> nn.Parameter:
+def _bias(old: Any) -> nn.Parameter:
     """The bias of a layer, or one that does nothing for one with bias=False."""
     return nn.Parameter(torch.zeros_like(old.weight), requires_grad=False) if old.bias is None else old.bias
 

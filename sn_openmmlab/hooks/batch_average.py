@@ -73,21 +73,21 @@ class SNBatchAverageHook(Hook):
         if self.when == 'epoch':
             average_runner_statistics(runner, self.num_batches)
 
-    def before_val_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
+    def before_val_iter(self, runner: Runner, batch_idx: int, data_batch: object = None) -> None:
         """Average before the first batch."""
         if self.when == 'val' and batch_idx == 0:
             self._take(runner)
 
-    def before_test_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
+    def before_test_iter(self, runner: Runner, batch_idx: int, data_batch: object = None) -> None:
         """Average before the first batch."""
         if self.when == 'test' and batch_idx == 0:
             self._take(runner)
 
-    def after_val_epoch(self, runner: Runner, metrics=None) -> None:
+    def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         """Bring the moving averages back."""
         self._put_back()
 
-    def after_test_epoch(self, runner: Runner, metrics=None) -> None:
+    def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         """Bring the moving averages back."""
         self._put_back()
 
@@ -98,11 +98,11 @@ class SNBatchAverageHook(Hook):
         average_runner_statistics(runner, self.num_batches)
         self._moving = moving
 
-    def _put_back_after(self, run: Callable) -> Callable:
+    def _put_back_after(self, run: Callable[..., object]) -> Callable[..., object]:
         """``run``, and the moving averages after it: no hook is called where it fails or is interrupted."""
 
         @functools.wraps(run)
-        def wrapper(*args, **kwargs):
+        def wrapper(*args: object, **kwargs: object) -> object:
             try:
                 return run(*args, **kwargs)
             finally:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
-from mmengine.runner import IterBasedTrainLoop
+from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
 
 from ..layers import SwitchNorm
@@ -48,9 +48,9 @@ class SNRatioHook(Hook):
             raise ValueError(f'interval must be a whole number of at least 1, got {interval!r}')
         self.interval = interval
         self.by_epoch = by_epoch
-        self._logged = None
+        self._logged: int | None = None
 
-    def before_train(self, runner) -> None:
+    def before_train(self, runner: Runner) -> None:
         """Refuse what could not be logged, and log the ratios that training starts from."""
         if not _layers(runner.model):
             raise ValueError(
@@ -65,23 +65,25 @@ class SNRatioHook(Hook):
             )
         self._log(runner, runner.iter)
 
-    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: dict | None = None
+    ) -> None:
         """Log at an interval of iterations."""
         if not self.by_epoch and self.every_n_train_iters(runner, self.interval):
             self._log(runner, runner.iter + 1)
 
-    def after_train_epoch(self, runner) -> None:
+    def after_train_epoch(self, runner: Runner) -> None:
         """Log at an interval of epochs."""
         if self.by_epoch and self.every_n_epochs(runner, self.interval):
             self._log(runner, runner.iter)
 
-    def after_train(self, runner) -> None:
+    def after_train(self, runner: Runner) -> None:
         """Log what was learned, if it is not logged yet."""
         if self._logged != runner.iter:
             self._log(runner, runner.iter)
 
     @master_only
-    def _log(self, runner, step: int) -> None:
+    def _log(self, runner: Runner, step: int) -> None:
         runner.visualizer.add_scalars(named_ratios(runner.model), step=step, file_path=FILE)
         self._logged = step
 
@@ -89,7 +91,9 @@ class SNRatioHook(Hook):
 def named_ratios(model: nn.Module) -> dict[str, float]:
     """Importance ratios of a model by the names that :class:`SNRatioHook` logs: means of parts, then layers."""
     layers = _layers(model)
-    ratios, sums, sizes = {}, Counter(), Counter()
+    ratios: dict[str, float] = {}
+    sums: dict[tuple[str, str], float] = defaultdict(float)
+    sizes: dict[str, int] = defaultdict(int)
     for name, layer in layers.items():
         part = part_name(name).replace(' ', '_')
         sizes[part] += 1

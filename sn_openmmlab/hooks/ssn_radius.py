@@ -1,5 +1,7 @@
 """The radius of SSN layers, which makes them choose in the course of a training."""
 
+from __future__ import annotations
+
 from numbers import Real
 
 from mmengine.hooks import Hook
@@ -36,6 +38,10 @@ class SSNRadiusHook(Hook):
 
     priority = 'ABOVE_NORMAL'  # before EMAHook copies the radius and CheckpointHook saves it
 
+    begin: float
+    end: float
+    _layers: list[SparseSwitchNorm]
+
     def __init__(self, begin: float = 0.0, end: float = 0.8) -> None:
         if not (isinstance(begin, Real) and isinstance(end, Real) and 0 <= begin < end <= 1):
             raise ValueError(
@@ -59,7 +65,9 @@ class SSNRadiusHook(Hook):
             )
         self._set(runner.iter / runner.max_iters)
 
-    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: dict | None = None
+    ) -> None:
         """Set the radius of the next iteration, and of a checkpoint or validation between."""
         self._set((runner.iter + 1) / runner.max_iters)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,9 @@ class SparseSwitchNorm(SwitchNorm):
                 [0., 0., 1.]])
     """
 
-    def __init__(self, *args, **kwargs) -> None:
+    radius: Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.register_buffer('radius', torch.zeros_like(self.mean_weight[0].detach()))
         self._taken = self.normalizers

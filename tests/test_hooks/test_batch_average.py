@@ -173,6 +173,7 @@ def test_after_a_failure_not_even_the_statistics_have_changed():
         (SwitchNorm(3), [0] * 4, 0, 'num_batches must be from 1 to 4, the batches of an epoch, got 0'),
         (SwitchNorm(3), [0] * 4, 5, 'from 1 to 4, .* got 5'),
         (SwitchNorm(3), iter(split(pictures(), 2, 2)), 3, 'num_batches=3, but there are 2 batches'),
+        (SwitchNorm(3), (b for b in split(pictures(), 2, 2)), None, 'a generator has no length: say in num_batches'),
     ],
 )
 def test_errors(norm, batches, number, message):
