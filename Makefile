@@ -2,6 +2,7 @@
 # make wheel | matrix: in environments of their own under build
 
 PYTHON ?= python3.11
+JOBS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 # the constraints keep every pip call from bringing in another torch
@@ -24,11 +25,12 @@ $(STAMP): $(wildcard requirements/*.txt) setup.py pyproject.toml $(wildcard sn_o
 	$(INSTALL) --no-build-isolation --no-deps --editable .
 	touch $@
 
+# JOBS files of tests at a time
 test: setup
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' --numprocesses $(JOBS) --dist loadfile
 
 test-all: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 demo: setup
 	$(BIN)/python tools/demo.py

@@ -3,7 +3,12 @@
 import os
 
 import pytest
+import torch
 from processes import Processes
+
+if 'PYTEST_XDIST_WORKER' in os.environ:  # one of several processes, which share the cores
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
+    torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
 
 
 @pytest.fixture(autouse=True)
