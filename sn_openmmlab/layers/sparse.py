@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..ops.sparsestmax import softmax_of_sparsestmax, sparsestmax
 from . import batch_statistics
+from .state_dict import computable
 from .switch_norm import SwitchNorm
 
 
@@ -116,7 +117,7 @@ class SparseSwitchNorm(SwitchNorm):
         if prefix + 'radius' not in state_dict and any(key.startswith(prefix) for key in state_dict):
             state_dict[prefix + 'radius'] = torch.zeros_like(self.radius)
             for name in prefix + 'mean_weight', prefix + 'var_weight':
-                if name in state_dict:
+                if computable(state_dict.get(name)):
                     state_dict[name] = state_dict[name].softmax(0)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._look_up()

@@ -6,6 +6,7 @@ import logging
 import re
 from collections import Counter
 
+import torch
 from mmengine.logging import print_log
 from torch import Tensor
 
@@ -17,6 +18,12 @@ _BUILT = {2: "normalizers=('in', 'ln')", 3: "normalizers=('in', 'ln', 'bn'), the
 _starts: Counter = Counter()  # layers by what is to be said of their start, of one load
 _load: object = None
 _warned: object = None
+
+
+def computable(*values: object) -> bool:
+    """Whether values of a checkpoint are tensors to compute with, on one device. Of others torch says what is wrong."""
+    dense = [v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.layout == torch.strided]
+    return len(dense) == len(values) and not any(v.is_nested for v in dense) and len({v.device for v in dense}) < 2
 
 
 def note_start(load: object, normalizers: tuple[str, ...], ratios: tuple[float, ...], named: bool, corrected: bool):

@@ -18,7 +18,14 @@ from ..ops.sparsestmax import softmax_of_sparsestmax
 from ..ops.switch_norm import quiet_in_traces
 from . import batch_statistics
 from .start import correct_for_blend, equal_ratios, like, start_ratios
-from .state_dict import explain_sizes, note_start, refuse_authors_names, tell_starts, warn_of_no_statistics
+from .state_dict import (
+    computable,
+    explain_sizes,
+    note_start,
+    refuse_authors_names,
+    tell_starts,
+    warn_of_no_statistics,
+)
 
 
 @MODELS.register_module('SN')
@@ -295,13 +302,16 @@ class SwitchNorm(nn.InstanceNorm2d):
                 state_dict[prefix + name] = state_dict.pop(flat)
         for name in names[:4]:
             value = state_dict.get(prefix + name)
-            if value is not None and value.shape[1:2] == (self.num_features,) and value.numel() == self.num_features:
+            if computable(value) and value.shape[1:2] == (self.num_features,) and value.numel() == self.num_features:
                 state_dict[prefix + name] = value.reshape(-1)
         if prefix + 'radius' in state_dict and 'radius' not in self._buffers:
-            radius = state_dict.pop(prefix + 'radius')
-            state_dict.update({name: softmax_of_sparsestmax(state_dict[name], radius) for name in logits})
+            radius, *of_ssn = (state_dict.get(name) for name in (prefix + 'radius', *logits))
+            if computable(radius, *of_ssn) and radius.numel() == 1 and all(v.dim() == 1 and len(v) for v in of_ssn):
+                del state_dict[prefix + 'radius']
+                state_dict.update({k: softmax_of_sparsestmax(v, radius) for k, v in zip(logits, of_ssn)})
         values = [state_dict.get(prefix + name) for name in names[:4]]
-        fitting = all(value is None or value.shape == (self.num_features,) for value in values)
+        given = [value for value in values if value is not None]
+        fitting = computable(*given) and all(value.shape == (self.num_features,) for value in given)
         if anew and fitting and values[2] is not None and values[3] is not None:
             start = self.start_from(*values, load=missing_keys)
             state_dict.update({prefix + name: value for name, value in start.items()})
@@ -309,7 +319,8 @@ class SwitchNorm(nn.InstanceNorm2d):
                 state_dict.pop(prefix + name, None)
         elif anew and values[0] is not None and values[2] is None and self.bn is not None:
             warn_of_no_statistics(missing_keys, prefix.rstrip('.'))
-        explain_sizes([state_dict[name] for name in logits if name in state_dict], self.normalizers, error_msgs)
+        found = [state_dict[name] for name in logits if computable(state_dict.get(name))]
+        explain_sizes(found, self.normalizers, error_msgs)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def extra_repr(self) -> str:

@@ -488,3 +488,51 @@ def test_a_batch_norm_without_statistics_is_said():
     assert len(lines) == 1 and lines[0].startswith('0: the checkpoint has weight and bias but no running statistics')
     with pytest.raises(ValueError, match='keep no running statistics.*0'):
         convert_switch_norm(nn.Sequential(nn.BatchNorm2d(4, track_running_stats=False)))
+
+
+# -- values that are not what they should be --------------------------------------------------------------------------
+
+WRONG = dict(
+    text='x',
+    nothing=None,
+    number=3,
+    list=[1.0],
+    scalar=torch.tensor(1.0),
+    long=torch.ones(7),
+    empty=torch.ones(0),
+    complex=torch.ones(4, dtype=torch.complex64),
+    integers=torch.ones(3, dtype=torch.long),
+    sparse=torch.ones(4).to_sparse(),
+    meta=torch.ones(4, device='meta'),
+    quantized=torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+)
+KEYS = [f'{prefix}{name}' for prefix in ('', 'bn.') for name in ('running_mean', 'running_var', 'num_batches_tracked')]
+KINDS = dict(
+    BN=nn.BatchNorm2d,
+    SN=SwitchNorm,
+    SSN=SparseSwitchNorm,
+    without_bn=functools.partial(SwitchNorm, normalizers=('in', 'ln')),
+)
+
+
+@pytest.mark.parametrize('key', ['weight', 'bias', 'mean_weight', 'var_weight', 'radius', *KEYS])
+@pytest.mark.parametrize('kind', KINDS)
+def test_of_wrong_values_torch_says_what_is_wrong(kind, key):
+    """By its own error, as of BatchNorm's: each in the place of one value of each kind of checkpoint, and alone."""
+    refused = 0
+    for whole in [{}, *(make(4).state_dict() for make in KINDS.values())]:
+        for value in WRONG.values():
+            for strict in True, False:
+                try:
+                    KINDS[kind](4).load_state_dict({**whole, key: value}, strict=strict)
+                except RuntimeError as error:
+                    assert 'Error(s) in loading state_dict' in str(error)
+                    refused += 1
+    assert refused >= 5 * len(WRONG)  # one alone is not enough to be strict
+
+
+def test_a_radius_that_belongs_to_no_logits_is_named():
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "radius"'):
+        SwitchNorm(4).load_state_dict({**nn.BatchNorm2d(4).state_dict(), 'radius': torch.tensor(0.5)})
+    keys = SwitchNorm(4).load_state_dict({'radius': torch.tensor(0.5)}, strict=False)
+    assert keys.unexpected_keys == ['radius'] and 'mean_weight' in keys.missing_keys
