@@ -250,6 +250,20 @@ def test_a_checkpoint_that_holds_code_is_refused(place):
     assert not (place / 'intruded').exists()
 
 
+@pytest.mark.parametrize('way', ['load_from', 'init_cfg', 'test'])
+def test_an_address_that_cannot_be_converted_is_told_in_a_line(place, way):
+    torch.save(nn.Conv2d(3, 4, 1).state_dict(), place / 'plain.pth')
+    address = 'switchnorm://plain.pth'
+    settings = {'load_from': [f'load_from={address}'],
+                'init_cfg': ['model.init_cfg.type=Pretrained', f'model.init_cfg.checkpoint={address}']}  # fmt: skip
+    command = [TOOLS / 'test.py', 'det.py', address]
+    if way in settings:
+        command = [TOOLS / 'train.py', 'det.py', '--work-dir', 'refused', '--cfg-options', *settings[way]]
+    out = call(place, sys.executable, *command, fails=True)
+    assert 'Traceback' not in out
+    assert re.search(r'^error: switchnorm://plain\.pth: .*neither an SN nor a BatchNorm layer .*weight', out, re.M)
+
+
 @pytest.fixture
 def tool(monkeypatch):
     """Import a tool by name."""
@@ -271,7 +285,15 @@ def tool(monkeypatch):
         ('train', ['det.py', '--cfg-options', 'norm_cfg.type=BN'], r'norm_cfg\.type.*model\.backbone\.norm_cfg'),
         ('train', ['det.py', '--cfg-options', 'default_scope=mmnone'], r"default_scope='mmnone'.*not installed"),
         ('train', ['det.py', '--launcher', 'horovod'], "invalid choice: 'horovod'"),
+        ('train', ['det.py', '--resume', 'switchnorm://none.pth'], r"'switchnorm://none\.pth' is no file"),
+        ('train', ['det.py', '--cfg-options', 'load_from=none.pth'], r"load_from 'none\.pth' is no file"),
+        (
+            'train',
+            ['det.py', '--cfg-options', 'model.init_cfg.checkpoint=switchnorm://none.pth'],
+            r"model\.init_cfg\.checkpoint 'switchnorm://none\.pth' is no file \(from ",
+        ),
         ('test', ['det.py', 'none.pth'], r"checkpoint 'none\.pth' is no file"),
+        ('test', ['det.py', 'switchnorm://none.pth'], r"checkpoint 'switchnorm://none\.pth' is no file"),
         ('test', ['det.py', 'det.py', '--out', 'x.json'], r'--out x\.json: .*\.pkl'),
         ('test', ['seg.py', 'seg.py', '--out', 'x.pkl'], r'--out x\.pkl: mmseg .*folder'),
         ('test', ['seg.py', 'seg.py', '--tta', '--cfg-options', 'tta_model=None'], '--tta needs tta_model'),

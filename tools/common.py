@@ -20,6 +20,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 import sn_openmmlab  # noqa: F401  (registers SN, also where the config forgets custom_imports)
+from sn_openmmlab.checkpoint import SCHEME
 from sn_openmmlab.checkpoint.read import TRUST, read_checkpoints_as_data
 
 
@@ -72,7 +73,8 @@ def load_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Co
 
 def check_file(parser: argparse.ArgumentParser, what: str, path: str) -> None:
     """End with an error where ``path`` is no file; addresses such as https:// and torchvision:// pass."""
-    if '://' not in path and not Path(path).is_file():
+    file = path[len(SCHEME) :] if path.startswith(SCHEME) else path
+    if '://' not in file and not Path(file).expanduser().is_file():
         parser.error(f'{what} {path!r} is no file (from {os.getcwd()})')
 
 
@@ -174,9 +176,13 @@ def run(cfg: Config, work: Callable[[Runner], object]) -> None:
 
 @contextlib.contextmanager
 def refusing_code() -> Iterator[None]:
-    """Within it a checkpoint that holds code ends the program with a line that says so."""
+    """Within it a checkpoint that holds code, or cannot be converted, ends the program with a line that says so."""
     try:
         yield
+    except ValueError as error:
+        if SCHEME not in str(error):
+            raise
+        raise SystemExit(f'error: {error}') from error
     except UnpicklingError as error:
         raise SystemExit(
             f'A checkpoint holds more than data, and reading it could run foreign code:\n{error}\n'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 from common import add_common_options, check_file, load_config, run
@@ -14,6 +15,7 @@ from mmengine.registry import MODELS
 from mmengine.runner import Runner
 
 from sn_openmmlab import SwitchNorm
+from sn_openmmlab.checkpoint import SCHEME
 from sn_openmmlab.norms import is_switchable, own_modules, unwrapped
 
 
@@ -54,7 +56,18 @@ def main(argv: list[str] | None = None) -> None:
         last = Path(cfg.work_dir, 'last_checkpoint')
         if args.resume == 'auto' and last.is_file():
             check_file(parser, f'the checkpoint that {last} names,', last.read_text(encoding='utf-8').strip())
+    for name, path in checkpoints(cfg.to_dict()):
+        check_file(parser, name, path)
     run(cfg, train)
+
+
+def checkpoints(value: object, name: str = '') -> Iterator[tuple[str, str]]:
+    """What a config wants to load: ``load_from``, and whatever it names as switchnorm://, with the settings' names."""
+    if isinstance(value, str) and (name == 'load_from' or value.startswith(SCHEME)):
+        yield name, value
+    elif isinstance(value, (dict, list, tuple)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from checkpoints(item, f'{name}.{key}'.lstrip('.'))
 
 
 def train(runner: Runner) -> None:
