@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
+from mmengine.model import ExponentialMovingAverage, convert_sync_batchnorm, revert_sync_batchnorm
 from processes import counting
 from torch import nn
 
@@ -155,3 +155,19 @@ def reverted():
 
 def test_reverting_ends_what_converting_began(two):
     two(reverted)
+
+
+def averaged(make, how):
+    """What becomes of a model that an EMAHook copies."""
+    try:
+        ema = ExponentialMovingAverage(convert_sync_batchnorm(nn.Sequential(make(3)), how), update_buffers=True)
+    except (TypeError, RuntimeError) as error:
+        return str(error)
+    return type(ema.module[0]).__name__
+
+
+@pytest.mark.parametrize('make', [nn.BatchNorm2d, SwitchNorm], ids=lambda make: make.__name__)
+def test_mmcvs_norm_cannot_be_averaged(two, make):
+    """It holds a process group, which nothing can copy; docs/finetuning.md says so."""
+    assert all('ProcessGroup' in said for said in two(averaged, make, 'mmcv'))
+    assert set(two(averaged, make, 'torch')) == {'SyncBatchNorm' if make is nn.BatchNorm2d else 'SwitchNorm'}

@@ -86,7 +86,9 @@ def combine(dy: Tensor, x: Tensor, mean: Tensor, a: Tensor, b1: Tensor, b0: Tens
         return affine(x, mean, b1, b0).addcmul_(dy, a[..., None])
     if _many(x):
         return _chunkwise(combine, dy, x, mean, a, b1, b0)
-    zeros = torch.zeros_like(a)  # coefficients are not to be rounded to half precision
+    # Coefficients are not to be rounded, but the sum is, three times: the error of dx is 1.4 times that of one
+    # rounding, which would take float32 maps and up to 2.6 times as long.
+    zeros = torch.zeros_like(a)
     return affine(x, mean, b1, b0).add_(affine(dy, zeros, a, zeros))
 
 
