@@ -123,8 +123,9 @@ class SwitchNorm(nn.InstanceNorm2d):
             raise ValueError(
                 f'momentum must be None or between 0 and 1 (the weight of the new value), got {momentum!r}'
             )
-        if affine not in (True, False):
-            raise ValueError(f'affine must be True or False, got {affine!r}')
+        for name, value in dict(affine=affine, correction=correction).items():
+            if value not in (True, False):
+                raise ValueError(f'{name} must be True or False, got {value!r}')
         factory = dict(device=device, dtype=dtype)
         super().__init__(num_features, eps, None, affine, track_running_stats=False, **factory)
         self.normalizers = normalizers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from numbers import Integral
 
 import torch.distributed as dist
 from mmengine.registry import MODELS
@@ -32,8 +33,8 @@ class SyncSN(SwitchNorm):
     """
 
     def __init__(self, num_features: int, *args, group_size: int | None = None, **kwargs) -> None:
-        if group_size is not None and group_size < 1:
-            raise ValueError(f'group_size must be at least 1 or None for all processes, got {group_size}')
+        if group_size is not None and not (isinstance(group_size, Integral) and group_size >= 1):
+            raise ValueError(f'group_size must be a whole number of at least 1, or None for all, got {group_size!r}')
         self.group_size = group_size
         super().__init__(num_features, *args, **kwargs)
         if self.bn is None:

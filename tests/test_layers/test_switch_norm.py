@@ -84,6 +84,7 @@ def test_wrong_number_of_channels():
         (dict(momentum='0.1'), "momentum must be None or between 0 and 1.*got '0.1'"),
         (dict(momentum=float('nan')), 'momentum must be None .*got nan'),
         (dict(affine='no'), "affine must be True or False, got 'no'"),
+        (dict(correction='no'), "correction must be True or False, got 'no'"),
         (dict(normalizers=None), 'normalizers must be one or more of .*got None'),
         (dict(normalizers={'in', 'bn'}), 'normalizers must be one or more of .*got {'),
         (dict(init_ratios=('a', 'b', 'c')), "init_ratios must be 3 non-negative numbers.*'a'"),
@@ -99,8 +100,9 @@ def test_bad_arguments(kwargs, message):
 def test_bad_sync_arguments():
     with pytest.raises(ValueError, match="normalizers=\\('in', 'ln'\\); use type='SN'"):
         SyncSN(3, normalizers=('in', 'ln'))
-    with pytest.raises(ValueError, match='group_size must be at least 1.*got 0'):
-        SyncSN(3, group_size=0)
+    for group_size in 0, -2, 2.5, '2', float('nan'):
+        with pytest.raises(ValueError, match=f'group_size must be a whole number of at least 1.*got {group_size!r}'):
+            SyncSN(3, group_size=group_size)
 
 
 def test_init_ratios_are_what_was_asked_for():
