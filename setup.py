@@ -51,7 +51,7 @@ def libraries():
             ['sn_openmmlab/ops/backends/cpp/algebra.cpp', 'sn_openmmlab/ops/backends/cpp/passes.cpp'],
             depends=['sn_openmmlab/ops/backends/cpp/parallel.h'],
             py_limited_api=True,  # loaded by ctypes, and the same for every Python
-            define_macros=[('SN_STAMP', f'"{stamp}"')],  # cpp/algebra.py compares it before the first call
+            define_macros=[('SN_STAMP', f'"{stamp}"')],  # cpp/load.py compares it before the first call
             extra_compile_args=[*flags, *openmp],
             extra_link_args=openmp,
             language='c++',

@@ -33,8 +33,9 @@ ENVIRONMENTS = {  # Python, torch, line of OpenMMLab
     'py313-onedl': ('3.13', '2.13.0', ONEDL),
 }
 TESTS = (
-    'test_ops/test_formula.py test_ops/test_function.py test_ops/test_cpp.py test_ops/test_compile.py test_layers '
-    'test_hooks test_convert.py test_checkpoint.py test_safe_load.py test_ratios.py test_guards.py test_distributed.py'
+    'test_ops/test_formula.py test_ops/test_function.py test_ops/test_algebra.py test_ops/test_cpp.py '
+    'test_ops/test_compile.py test_layers test_hooks test_convert.py test_checkpoint.py test_safe_load.py '
+    'test_ratios.py test_guards.py test_distributed.py'
 )
 MARKER = '<!-- compatibility {} -->'
 
@@ -80,7 +81,7 @@ def measure(name: str, wheel: Path) -> dict:
     run(*pip, '--no-deps', '--force-reinstall', wheel)
     installed = time.monotonic()
     # the C++ kernels of the one wheel, from where no checkout is found
-    check = 'from sn_openmmlab.ops.backends.cpp.algebra import library; assert library() is not None'
+    check = 'from sn_openmmlab.ops.backends.cpp.load import library; assert library() is not None'
     run(python, '-c', check, cwd=folder)
     tests = [ROOT / 'tests' / test for test in TESTS.split()]
     report = folder / 'report.xml'

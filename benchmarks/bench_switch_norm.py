@@ -18,6 +18,7 @@ from benchmarks.harness import Stopwatch, compare, environment, keep_freed_memor
 from sn_openmmlab import SwitchNorm
 from sn_openmmlab.ops import NORMALIZERS, backends
 from sn_openmmlab.ops.backends import cpp
+from sn_openmmlab.ops.backends.interface import Parameters, Setting
 
 SHAPES = {  # the first five are those of the published comparison in this project's goal, the others come on top
     'R-50-FPN stem': (2, 64, 200, 336),
@@ -119,23 +120,23 @@ PASSES = {  # in copies of the map: half of one for what is read or written, Non
 
 def passes(layer: SwitchNorm, x: Tensor, dy: Tensor) -> Callable[[], dict[str, float]]:
     """The four passes and the algebra between them, of the backend that is chosen by itself, one by one."""
-    backend, h, dh = backends.choose(x.device, x.dtype), x.detach().flatten(2), dy.flatten(2)
-    logits = layer.mean_weight.detach(), layer.var_weight.detach()
-    weight, bias, rest = layer.weight.detach(), layer.bias.detach(), (NORMALIZERS, layer.eps, h.shape[2])
+    backend, x, size = backends.choose(x.device, x.dtype), x.detach(), x.shape[2:].numel()
+    parameters = Parameters(*(p.detach() for p in (layer.mean_weight, layer.var_weight, layer.weight, layer.bias)))
+    setting = Setting(NORMALIZERS, layer.eps, False)
 
     def run() -> dict[str, float]:
         watch = Stopwatch(x.device)
-        mean, var = backend.moments(h)
+        moments = backend.moments(x)
         watch.lap()
-        a, s, saved, count = backend.algebra.forward(mean, var, None, None, *logits, weight, bias, *rest, None)
+        coefficients, joint = backend.coefficients(moments, size, None, parameters, None, setting)
         watch.lap()
-        backend.affine(h, mean, a, s)
+        backend.affine(x, moments, coefficients)
         watch.lap()
-        sums = backend.reduce(dh, h, mean)
+        sums = backend.reduce(dy, x, moments)
         watch.lap()
-        a, b1, b0, *_ = backend.algebra.backward(*sums, saved, *logits, weight, *rest, count, None)
+        coefficients, _ = backend.gradients(sums, moments, joint, size, None, parameters, setting)
         watch.lap()
-        backend.combine(dh, h, mean, a, b1, b0)
+        backend.combine(dy, x, moments, coefficients)
         watch.lap()
         return dict(zip(PASSES, watch.seconds()))
 

@@ -11,4 +11,4 @@ RUN pip install --no-cache-dir --requirement /tmp/build.txt \
 COPY . /workspace/sn_openmmlab
 WORKDIR /workspace/sn_openmmlab
 RUN pip install --no-cache-dir --no-build-isolation --no-deps . \
-    && cd / && python -c "from sn_openmmlab.ops.backends.cpp.algebra import library; assert library() is not None"
+    && cd / && python -c "from sn_openmmlab.ops.backends.cpp.load import library; assert library() is not None"

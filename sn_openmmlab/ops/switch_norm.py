@@ -1,20 +1,25 @@
 """``switch_norm``: the functional form of the layer, as ``F.batch_norm`` is of BatchNorm.
 
-One autograd Function runs the four passes of a backend and the algebra between them. Only the input and (N, C)-sized
-tensors are kept for backward.
+One autograd Function runs the four passes of a backend and the algebra between them. The two sums over processes that
+synchronised statistics need stand here, not in a backend. Only the input and (N, C)-sized tensors are kept for
+backward.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends
+from .backends import algebra
+from .backends.interface import Parameters, Setting, Statistics
 from .formula import NORMALIZERS, moments_dtype, switch_norm_graph, switch_norm_reference
 from .torch_versions import count_dispatch_modes, is_compiling, is_exporting
 
@@ -84,59 +89,64 @@ def switch_norm(
     )
     batch = 'bn' in normalizers and (training or running_mean is None)
     group = group if batch else None
-    mean_bn, var_bn = (running_mean, running_var) if 'bn' in normalizers and not batch else (None, None)
-    update = None
-    if batch and training and running_mean is not None:
-        update = running_mean, running_var, num_batches_tracked, momentum
+    parameters = Parameters(mean_weight, var_weight, weight, bias)
+    statistics = None
+    if 'bn' in normalizers and running_mean is not None:
+        statistics = Statistics(running_mean, running_var, num_batches_tracked, momentum)
+    setting = Setting(normalizers, eps, not batch)
 
-    backend = _choose_backend(x, mean_weight, var_weight, weight, bias, running_mean, running_var)
-    if backend is None and not batch and (torch.jit.is_tracing() or is_exporting()):
-        return switch_norm_graph(x, mean_weight, var_weight, weight, bias, mean_bn, var_bn, normalizers, eps)
-    if backend is None and group is not None:
+    backend = _choose_backend(x, *parameters, running_mean, running_var)
+    if backend is not None:
+        args = x, *parameters, statistics, setting, group, backend
+        return _SwitchNorm.apply(*args) if torch.is_grad_enabled() else _forward(x, parameters, *args[5:])[0]
+    mean_bn, var_bn = (None, None) if batch else (running_mean, running_var)
+    if not batch and (torch.jit.is_tracing() or is_exporting()):
+        return switch_norm_graph(x, *parameters, mean_bn, var_bn, normalizers, eps)
+    if group is not None:
         raise RuntimeError(
             'the reference formula, which SN_BACKEND=reference, torch.compile, tracing and torch.func take, does not '
             'synchronise statistics; use SN in place of SyncSN there, or evaluation mode'
         )
-    if backend is None:
-        y, mean, var = switch_norm_reference(
-            x, mean_weight, var_weight, weight, bias, mean_bn, var_bn, normalizers, eps
-        )
-        if update is not None:
-            with torch.no_grad():
-                _update(*update, mean, var, x.numel() // x.shape[1])
-        return y
-    args = x, mean_weight, var_weight, weight, bias, mean_bn, var_bn, normalizers, eps, group, backend, update
-    return _SwitchNorm.apply(*args) if torch.is_grad_enabled() else _forward(*args)[0]
+    y, mean, var = switch_norm_reference(x, *parameters, mean_bn, var_bn, normalizers, eps)
+    if batch and statistics is not None:
+        with torch.no_grad():
+            algebra.update(statistics, torch.cat([mean, var, mean.new_zeros(1)]), x.numel() // x.shape[1])
+    return y
 
 
-def _forward(x, mean_weight, var_weight, weight, bias, mean_bn, var_bn, normalizers, eps, group, backend, update):
-    """The output; what the algebra of backward needs; and the number of pixels behind the batch's BN moments.
+def _forward(x, parameters, statistics, setting, group, backend):
+    """The output; and the moments of IN, and those of LN and BN, which backward needs."""
+    x, size = _dense(x), _size(x)
+    if not x.numel():
+        return _empty_forward(x, statistics, setting, group)
+    moments = backend.moments(x)
+    shared = None
+    if group is not None:
+        shared = backend.pool(moments, size)
+        dist.all_reduce(shared, group=group)
+    coefficients, joint = backend.coefficients(moments, size, shared, parameters, statistics, setting)
+    return backend.affine(x, moments, coefficients), moments, joint
 
-    ``update`` holds the running statistics to move, and their momentum; None leaves them alone.
-    """
-    h = _maps(x)
-    if h.numel():
-        mean_in, var_in = backend.moments(h)
-    else:
-        mean_in, var_in = h.new_zeros(2, *h.shape[:2], dtype=moments_dtype(h.dtype))
-    a, s, saved, count = backend.algebra.forward(
-        mean_in, var_in, mean_bn, var_bn, mean_weight, var_weight, weight, bias, normalizers, eps, h.shape[2], group
-    )
-    if update is not None:
-        _update(*update, *saved[2:4], count)
-    if not h.numel():
-        return torch.empty_like(x), saved, count
-    y = backend.affine(h, mean_in, a, s)
-    # no view of anything, since ReLU(inplace=True) follows; also without gradients, as in a checkpoint's first forward
-    return x.new_empty(0).set_(y.view(x.shape)), saved, count
+
+def _empty_forward(x, statistics, setting, group):
+    """Of an empty input, which still takes part in the sums of its group."""
+    n, c = x.shape[:2]
+    shared = x.new_zeros(2 * c + 1, dtype=torch.float64)
+    if group is not None:
+        dist.all_reduce(shared, group=group)
+    joint = algebra.joined(shared, n)
+    if statistics is not None and not setting.frozen:
+        algebra.update(statistics, joint, joint[-1])
+    return torch.empty_like(x), x.new_zeros((2, n, c), dtype=moments_dtype(x.dtype)), joint
 
 
 class _SwitchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, mean_weight, var_weight, weight, bias, *rest):
-        y, saved, ctx.count = _forward(x, mean_weight, var_weight, weight, bias, *rest)
-        ctx.save_for_backward(x, mean_weight, var_weight, weight, bias, *saved)
-        ctx.normalizers, ctx.eps, ctx.group, ctx.backend = rest[2:6]
+    def forward(ctx, x, mean_weight, var_weight, weight, bias, statistics, setting, group, backend):
+        parameters = Parameters(mean_weight, var_weight, weight, bias)
+        y, moments, joint = _forward(x, parameters, statistics, setting, group, backend)
+        ctx.save_for_backward(x, *parameters, moments, joint)
+        ctx.setting, ctx.group, ctx.backend = setting, group, backend
         return y
 
     @staticmethod
@@ -145,26 +155,34 @@ class _SwitchNorm(torch.autograd.Function):
         dy = _materialized(dy)
         seen_through = torch.is_grad_enabled() or _is_transformed() or not _have_memory(dy)
         grads = _differentiable_backward(ctx, dy) if seen_through else _backward(ctx, dy)
-        return *grads, *[None] * 7
+        return *grads, None, None, None, None
 
 
 def _backward(ctx, dy):
-    x, mean_weight, var_weight, weight, bias, *saved = ctx.saved_tensors
-    mean_in, h = saved[0], _maps(x)
-    dh = _like(_maps(dy), h)
-    if h.numel():
-        sum_dy, sum_dyx = ctx.backend.reduce(dh, h, mean_in)
-    else:
-        sum_dy, sum_dyx = torch.zeros_like(mean_in), torch.zeros_like(mean_in)
-    a, b1, b0, *small = ctx.backend.algebra.backward(
-        sum_dy, sum_dyx, saved, mean_weight, var_weight, weight,
-        ctx.normalizers, ctx.eps, h.shape[2], ctx.count, ctx.group,
-    )  # fmt: skip
-    dx = None
-    if ctx.needs_input_grad[0]:
-        dx = ctx.backend.combine(dh, h, mean_in, a, b1, b0).view(x.shape) if h.numel() else torch.empty_like(x)
-    parameters = mean_weight, var_weight, weight, bias
+    x, *parameters, moments, joint = ctx.saved_tensors
+    parameters = Parameters(*parameters)
+    dx, *small = _gradients(dy, x, moments, joint, parameters, ctx.setting, ctx.group, ctx.backend)
     return dx, *[None if p is None else grad.to(p.dtype) for p, grad in zip(parameters, small)]
+
+
+def _gradients(dy, x, moments, joint, parameters, setting, group, backend):
+    """The gradients of the input and, in the dtype of the moments, of the parameters."""
+    x, size, c, k = _dense(x), _size(x), x.shape[1], len(setting.normalizers)
+    if not x.numel():
+        if group is not None:
+            dist.all_reduce(x.new_zeros(2 * c, dtype=torch.float64), group=group)
+        dx, small = torch.empty_like(x), moments.new_zeros(2 * (c + k))
+    else:
+        dy = _like(dy, x)
+        sums = backend.reduce(dy, x, moments)
+        shared = None
+        if group is not None:
+            shared = backend.pool_gradients(sums, moments, joint, parameters, setting)
+            dist.all_reduce(shared, group=group)
+        coefficients, small = backend.gradients(sums, moments, joint, size, shared, parameters, setting)
+        dx = backend.combine(dy, x, moments, coefficients)
+    dweight, dbias, dmean_weight, dvar_weight = small.split([c, c, k, k])
+    return dx, dmean_weight, dvar_weight, dweight, dbias
 
 
 def _differentiable_backward(ctx, dy):
@@ -174,44 +192,34 @@ def _differentiable_backward(ctx, dy):
             'switch_norm has no double backward, and no transform of its backward, with synchronised statistics; use '
             'SN in place of SyncSN'
         )
-    inputs, (mean_bn, var_bn) = ctx.saved_tensors[:5], ctx.saved_tensors[7:9]
-    if ctx.count is not None:
-        mean_bn, var_bn = None, None
+    inputs, joint, mean_bn, var_bn = ctx.saved_tensors[:5], ctx.saved_tensors[6], None, None
+    if ctx.setting.frozen:
+        mean_bn, var_bn = joint[-2 * inputs[0].shape[1] - 1 : -1].view(2, -1)
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # views, so that the gradients end here and do not follow what the inputs were computed from
         inputs = [None if t is None else t.view_as(t) for t in inputs]
         wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad) if needed]
-        y = switch_norm_reference(*inputs, mean_bn, var_bn, ctx.normalizers, ctx.eps)[0]
+        y = switch_norm_reference(*inputs, mean_bn, var_bn, *ctx.setting[:2])[0]
         grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph))
     return [next(grads) if needed else None for needed in ctx.needs_input_grad[:5]]
 
 
-def _maps(x: Tensor) -> Tensor:
-    """Any rank as (N, C, S), stored as such or, channels last, as (N, S, C); copied only where it is neither."""
-    h = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
-    return h if h.is_contiguous() or h.mT.is_contiguous() else h.contiguous()
+def _dense(x: Tensor) -> Tensor:
+    """Stored with samples first and channels second, or channels last; copied only where it is neither."""
+    if x.is_contiguous() or x.movedim(1, -1).is_contiguous():
+        return x
+    return x.contiguous()
+
+
+def _size(x: Tensor) -> int:
+    """The number of pixels of a map."""
+    return math.prod(x.shape[2:])
 
 
 def _like(dy: Tensor, x: Tensor) -> Tensor:
     """``dy`` stored as ``x`` is."""
     return dy if dy.stride() == x.stride() else torch.empty_like(x).copy_(dy)
-
-
-def _update(running_mean, running_var, num_batches_tracked, momentum, mean, var, count) -> None:
-    """Move the running statistics towards the batch's by ``momentum``; not at all where the batch was empty."""
-    if isinstance(count, Tensor):  # counted over a group: stays on the device
-        seen, unbiased = count.clamp(max=1), count / (count - 1).clamp(min=1)
-    else:
-        seen, unbiased = min(count, 1), count / max(count - 1, 1)
-    if num_batches_tracked is not None:
-        num_batches_tracked += seen.to(num_batches_tracked) if isinstance(seen, Tensor) else seen
-    if momentum is None:
-        momentum = 1 / num_batches_tracked.clamp(min=1).to(running_mean)
-    weight = momentum * seen
-    for running, new in (running_mean, mean), (running_var, var * unbiased):
-        new = new.to(running.dtype).view_as(running)
-        running.lerp_(new, weight.to(running.dtype) if isinstance(weight, Tensor) else weight)
 
 
 def _choose_backend(x: Tensor, *others: Tensor | None):

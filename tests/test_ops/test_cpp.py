@@ -1,9 +1,8 @@
-"""The C++ passes and algebra one by one: at the edges of their blocks, against float64; and when they are taken."""
+"""The C++ passes one by one: at the edges of their blocks, against float64; and when they are taken."""
 
 import _ctypes
 import ctypes
 import importlib.machinery
-import itertools
 import os
 import shutil
 import subprocess
@@ -16,15 +15,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sn_openmmlab.ops import NORMALIZERS, backends, switch_norm
-from sn_openmmlab.ops.backends import algebra, cpp, native
+from sn_openmmlab.ops import backends, switch_norm
+from sn_openmmlab.ops.backends import cpp, native
 from sn_openmmlab.ops.torch_versions import VERSION
 
 CPU = torch.device('cpu')
 DTYPES = [torch.float32, torch.bfloat16]
 LIBRARY = next(Path(cpp.__file__).parent.glob('_cpp.abi3.so'), None)
 # those of the checkout, which the library was compiled from also where it was installed from a wheel, without them
-SOURCES = [Path(__file__).parents[2] / 'sn_openmmlab/ops/backends/cpp' / path.name for path in cpp.algebra._SOURCES]
+SOURCES = [Path(__file__).parents[2] / 'sn_openmmlab/ops/backends/cpp' / path.name for path in cpp.load._SOURCES]
 needs_library = pytest.mark.skipif(not cpp.runs_on(CPU, torch.float32), reason='the installation found no C++ compiler')
 
 
@@ -58,13 +57,14 @@ def test_passes_equal_float64(channels, size, dtype, channels_last):
     assert_close(got_mean, wide[0].mean(2), 1e-6)
     assert_close(got_var, wide[0].var(2, correction=0), 1e-5)
     h, dh, m, a_, b1_, b0_ = wide
-    y = cpp.affine(x, mean, b1, b0)
+    moments = torch.stack([mean, a])  # of which the means count
+    y = cpp.affine(x, moments, torch.stack([b1, b0]))
     assert y.dtype == dtype and (channels == 1 or y.stride() == x.stride())
     assert_close(y, b1_ * (h - m) + b0_, rounding)
-    sum_dy, sum_dyx = cpp.reduce(dy, x, mean)
+    sum_dy, sum_dyx = cpp.reduce(dy, x, moments)
     assert_close(sum_dy, dh.sum(2), 3e-6)
     assert_close(sum_dyx, (dh * (h - m)).sum(2), 3e-6)
-    assert_close(cpp.combine(dy, x, mean, a, b1, b0), a_ * dh + b1_ * (h - m) + b0_, rounding)
+    assert_close(cpp.combine(dy, x, moments, torch.stack([b1, b0, a])), a_ * dh + b1_ * (h - m) + b0_, rounding)
 
 
 @needs_library
@@ -86,13 +86,13 @@ def test_variance_where_the_first_pixel_or_the_mean_is_far_off(channels_last):
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
 def test_results_do_not_depend_on_the_number_of_threads(dtype, channels_last):
     x, dy = (maps(5, 33, 2000, dtype, channels_last, seed) for seed in (0, 1))
-    coefficients = [small(5, 33, seed) for seed in range(4)]
+    moments, coefficients = (torch.stack([small(5, 33, seed) for seed in range(k)]) for k in (2, 3))
     before = torch.get_num_threads()
     results = []
     try:
         for threads in 1, 2, 7:
             torch.set_num_threads(threads)
-            results.append([*cpp.moments(x), *cpp.reduce(dy, x, coefficients[0]), cpp.combine(dy, x, *coefficients)])
+            results.append([cpp.moments(x), cpp.reduce(dy, x, moments), cpp.combine(dy, x, moments, coefficients)])
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
@@ -107,7 +107,7 @@ def test_bfloat16_is_rounded_as_torch_rounds(channels_last):
     zero = torch.zeros(1, s.shape[1], 1, dtype=torch.bfloat16)
     x = zero.expand(-1, -1, 17).contiguous()
     x = x.mT.contiguous().mT if channels_last else x
-    y = cpp.affine(x, torch.zeros_like(s), torch.ones_like(s), s)
+    y = cpp.affine(x, torch.stack([torch.zeros_like(s)] * 2), torch.stack([torch.ones_like(s), s]))
     torch.testing.assert_close(y, s.to(torch.bfloat16)[..., None].expand_as(y), rtol=0, atol=0, equal_nan=True)
 
 
@@ -145,45 +145,9 @@ def test_large_outputs_ask_for_huge_pages(dtype, channels_last):
     for mebibytes, asks in (4, False), (36, True):
         x = torch.zeros(1, 64, mebibytes * 2**14 // torch.finfo(dtype).bits * 8, dtype=dtype)
         x = x.mT.contiguous().mT if channels_last else x
-        coefficients = small(1, 64, 0), small(1, 64, 1), small(1, 64, 2), small(1, 64, 3)
-        assert ('hg' in flags_of(cpp.affine(x, *coefficients[:3]))) == asks
-        assert ('hg' in flags_of(cpp.combine(x, x, *coefficients))) == asks
-
-
-SUBSETS = [names for k in (1, 2, 3) for names in itertools.combinations(NORMALIZERS, k)] + [('bn', 'in', 'ln')]
-
-
-@needs_library
-@pytest.mark.parametrize('affine', [True, False], ids=['affine', 'plain'])
-@pytest.mark.parametrize('frozen', [False, True], ids=['batch', 'frozen'])
-@pytest.mark.parametrize('names', SUBSETS, ids='-'.join)
-@pytest.mark.parametrize('n, c', [(1, 1), (3, 5), (2, 63), (1, 64), (5, 65), (300, 130)])
-def test_algebra_equals_float64(n, c, names, frozen, affine):
-    """Also where threads share the work, with 39,000 maps."""
-    if frozen and 'bn' not in names:
-        frozen = False
-    mean, var = small(n, c, 0) + 20, small(n, c, 1).square() + 0.1
-    logits = small(2, len(names), 2)
-    weight, bias = small(2, c, 3) if affine else (None, None)
-    bn = (small(1, c, 4)[0] + 20, small(1, c, 5)[0].square() + 0.5) if frozen else (None, None)
-    sum_dy, sum_dyx = small(n, c, 6) * 7, small(n, c, 7) * 7
-
-    def both_ways(module, dtype):
-        moments, means, parameters = (
-            [t if t is None else t.to(dtype) for t in ts] for ts in ((mean, var), bn, (*logits, weight, bias))
-        )
-        a, s, saved, count = module.forward(*moments, *means, *parameters, names, 1e-3, 7, None)
-        sums = sum_dy.to(dtype), sum_dyx.to(dtype)
-        return [a, s, *module.backward(*sums, saved, *parameters[:3], names, 1e-3, 7, count, None)], saved[2:4], count
-
-    got, got_bn, got_count = both_ways(cpp.algebra, torch.float32)
-    expected, expected_bn, expected_count = both_ways(algebra, torch.float64)
-    assert got_count == expected_count
-    for a, b in zip(got, expected):
-        assert (a.double() - b).abs().max() <= 4e-6 * b.abs().max().clamp(min=1)
-    if 'bn' in names:
-        for a, b in zip(got_bn, expected_bn):
-            torch.testing.assert_close(a.double(), b.view_as(a).double(), rtol=1e-6, atol=0)
+        moments, coefficients = torch.zeros(2, 1, 64), torch.ones(3, 1, 64)
+        assert ('hg' in flags_of(cpp.affine(x, moments, coefficients))) == asks
+        assert ('hg' in flags_of(cpp.combine(x, x, moments, coefficients))) == asks
 
 
 def step(shared):
@@ -199,7 +163,7 @@ def step(shared):
 
 @needs_library
 def test_synchronised_statistics(two):
-    """Sums over a group are those of the shared algebra, between the C++ passes."""
+    """Two processes, and their sums between the parts of the C++ algebra."""
     y, dx, *dlogits = zip(*two(step, True))
     for got, expected in zip([torch.cat(y), torch.cat(dx), *map(sum, dlogits)], step(False)):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
@@ -242,7 +206,7 @@ def fresh():
 
 def test_without_a_library_native_serves_silently(monkeypatch, fresh):
     monkeypatch.delenv('SN_BACKEND', raising=False)
-    monkeypatch.setattr(cpp.algebra, '_FOLDER', Path('an installation without it'))
+    monkeypatch.setattr(cpp.load, '_FOLDER', Path('an installation without it'))
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         assert backends.choose(CPU, torch.float32) is native
@@ -252,7 +216,7 @@ def test_a_library_that_cannot_be_loaded_is_said_once(monkeypatch, fresh, tmp_pa
     monkeypatch.delenv('SN_BACKEND', raising=False)
     broken = tmp_path / '_cpp.so'
     broken.write_bytes(b'not a library')
-    monkeypatch.setattr(cpp.algebra, '_FOLDER', tmp_path)
+    monkeypatch.setattr(cpp.load, '_FOLDER', tmp_path)
     with pytest.raises(OSError):
         ctypes.CDLL(str(broken))
     with pytest.warns(UserWarning, match='cannot be loaded: .*_cpp.so.*Install sn_openmmlab anew'):
@@ -269,7 +233,7 @@ def test_an_older_library_beside_the_new_one_does_not_matter(monkeypatch, fresh,
     assert suffixes[-2:] == ['.abi3.so', '.so']
     shutil.copy(_ctypes.__file__, tmp_path / f'_cpp{suffixes[0]}')  # some library without the functions
     monkeypatch.delenv('SN_BACKEND', raising=False)
-    monkeypatch.setattr(cpp.algebra, '_FOLDER', tmp_path)
+    monkeypatch.setattr(cpp.load, '_FOLDER', tmp_path)
     with pytest.warns(UserWarning, match='cannot be loaded: .*undefined symbol: sn_stamp'):
         assert backends.choose(CPU, torch.float32) is native
     cpp.library.cache_clear()
@@ -286,7 +250,7 @@ def test_a_library_of_other_code_is_not_taken(monkeypatch, fresh, tmp_path):
     changed.write_bytes(SOURCES[0].read_bytes() + b'\n')
     os.utime(changed, (0, 0))
     monkeypatch.delenv('SN_BACKEND', raising=False)
-    monkeypatch.setattr(cpp.algebra, '_SOURCES', [changed, *SOURCES[1:]])
+    monkeypatch.setattr(cpp.load, '_SOURCES', [changed, *SOURCES[1:]])
     with pytest.warns(UserWarning, match='has changed since it was compiled. Install sn_openmmlab anew'):
         assert backends.choose(CPU, torch.float32) is native
 
@@ -297,7 +261,7 @@ def test_a_library_whose_code_was_only_touched_is_taken(monkeypatch, fresh, tmp_
     for copy, source in zip(copies, SOURCES):
         copy.write_bytes(source.read_bytes())
     monkeypatch.delenv('SN_BACKEND', raising=False)
-    monkeypatch.setattr(cpp.algebra, '_SOURCES', copies)
+    monkeypatch.setattr(cpp.load, '_SOURCES', copies)
     assert backends.choose(CPU, torch.float32) is cpp
 
 
@@ -305,8 +269,8 @@ def test_a_library_whose_code_was_only_touched_is_taken(monkeypatch, fresh, tmp_
 def test_a_library_of_another_version_is_not_taken(monkeypatch, fresh):
     """In a wheel there is no code to compare."""
     monkeypatch.delenv('SN_BACKEND', raising=False)
-    monkeypatch.setattr(cpp.algebra, '_SOURCES', [Path('not in a wheel.cpp')])
-    monkeypatch.setattr(cpp.algebra, '__version__', '99.0')
+    monkeypatch.setattr(cpp.load, '_SOURCES', [Path('not in a wheel.cpp')])
+    monkeypatch.setattr(cpp.load, '__version__', '99.0')
     with pytest.warns(UserWarning, match=r'compiled for version .* and this is 99\.0'):
         assert backends.choose(CPU, torch.float32) is native
 
@@ -319,8 +283,8 @@ def test_a_library_that_is_cut_off_does_not_end_the_process(part, tmp_path):
     cut = tmp_path / '_cpp.so'
     cut.write_bytes(whole[: int(len(whole) * part)])
     code = (
-        'import pathlib, torch; from sn_openmmlab import SwitchNorm; from sn_openmmlab.ops.backends.cpp import algebra;'
-        f'algebra._FOLDER = pathlib.Path({str(tmp_path)!r});'
+        'import pathlib, torch; from sn_openmmlab import SwitchNorm; from sn_openmmlab.ops.backends.cpp import load;'
+        f'load._FOLDER = pathlib.Path({str(tmp_path)!r});'
         'print(SwitchNorm(3)(torch.randn(2, 3, 4, 4)).isfinite().all())'
     )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)

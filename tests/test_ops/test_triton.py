@@ -21,7 +21,9 @@ passes = pytest.importorskip(
     'sn_openmmlab.ops.backends.triton_kernels.passes', reason='Triton is older than 3.0', exc_type=ImportError
 )
 
-from sn_openmmlab.ops.backends.triton_kernels import algebra as triton_algebra  # noqa: E402  (needs Triton)
+from sn_openmmlab.ops.backends import triton_kernels  # noqa: E402  (needs Triton)
+from sn_openmmlab.ops.backends.triton_kernels import algebra as triton_algebra  # noqa: E402
+from sn_openmmlab.ops.backends.triton_kernels.launch import Plan, launch  # noqa: E402
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 if passes.lacks(torch.device(DEVICE), torch.float32):
@@ -168,7 +170,7 @@ def test_large_mean(way):
     eps = torch.finfo(x.dtype).eps
     for corner in 0.0, 1e4:
         x[..., 0, 0] = corner
-        mean, var = passes.moments(x.flatten(2))
+        mean, var = passes.moments(x)
         exact_var, exact_mean = torch.var_mean(x.double().flatten(2), 2, correction=0)
         assert (mean / exact_mean - 1).abs().max() <= eps
         assert (var / exact_var - 1).abs().max() <= 30 * eps
@@ -213,9 +215,11 @@ def test_empty_input_launches_nothing(shape, monkeypatch):
 # What runs how wide
 
 
-@triton.jit(do_not_specialize=['length', 'size', 'parts', 'tiles'])
+@triton.jit(do_not_specialize=['most', 'maps', 'length', 'size', 'parts', 'tiles'])
 def _offsets_kernel(
-    out_ptr,  # (programs, MOST, ROWS, PIXELS), written: the offset of each element, or -1 outside the tensor
+    out_ptr,  # (programs, most, ROWS, PIXELS), written: the offset of each element, or -1 outside the tensor
+    most,  # tiles of a part that are looked at
+    maps,
     length,
     size,
     parts,
@@ -224,14 +228,13 @@ def _offsets_kernel(
     PIXELS: tl.constexpr,
     VECTOR: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    MOST: tl.constexpr,  # tiles of a part that are looked at
 ):
-    start, maps, exist, part = _block(length, size, parts, ROWS, VECTOR, CHANNELS_LAST)
+    start, places, exist, part = _block(length, size, parts, ROWS, VECTOR, CHANNELS_LAST)
     first, last, _ = _part(part, size, tiles, PIXELS)
     place = tl.arange(0, ROWS)[:, None] * PIXELS + tl.arange(0, PIXELS)[None, :]
-    for i in range(first, tl.minimum(last, first + MOST)):
+    for i in range(first, tl.minimum(last, first + most)):
         at, inside = _tile(i, start, length, size, exist, ROWS, PIXELS, VECTOR, CHANNELS_LAST)
-        tile = tl.program_id(0) * MOST + i - first
+        tile = tl.program_id(0) * most + i - first
         tl.store(out_ptr + tile * ROWS * PIXELS + place, tl.where(inside, at, -1))
 
 
@@ -240,7 +243,7 @@ _block, _part, _tile = passes._block, passes._part, passes._tile
 
 def offsets(plan, most):
     out = torch.full((plan.programs, most, plan.arguments['ROWS'], plan.arguments['PIXELS']), -1, device=DEVICE)
-    triton_algebra.launch(_offsets_kernel, plan, out, MOST=most)
+    launch(_offsets_kernel, plan, (out,), most)
     return out.cpu()
 
 
@@ -261,8 +264,8 @@ def test_offsets_beyond_32_bits(n, c, size, channels_last):
     tiles, pixels, rows = 2**21, 1024, 4 if channels_last else 1
     length, groups = (c, n) if channels_last else (n * c, 1)
     parts = -(-size // (tiles * pixels))
-    sizes = dict(length=length, size=size, parts=parts, tiles=tiles, VECTOR=1, CHANNELS_LAST=channels_last)
-    plan = triton_algebra.Plan(groups * -(-length // rows) * parts, dict(sizes, ROWS=rows, PIXELS=pixels))
+    sizes = dict(maps=n * c, length=length, size=size, parts=parts, tiles=tiles, ROWS=rows, PIXELS=pixels)
+    plan = Plan(groups * -(-length // rows) * parts, **sizes, VECTOR=1, CHANNELS_LAST=channels_last)
     found = offsets(plan, 1).view(groups, -1, parts, rows, pixels)
 
     pixel = torch.arange(parts)[:, None, None] * tiles * pixels + torch.arange(pixels)  # (parts, 1, pixels)
@@ -290,7 +293,8 @@ def test_offsets_beyond_32_bits(n, c, size, channels_last):
 )
 def test_plans_of_real_shapes(n, c, size, channels_last):
     for itemsize, plan in itertools.product([2, 4, 8], [passes.reduction_plan, passes.map_plan]):
-        programs, p = plan(n, c, size, channels_last, itemsize, 132)
+        made = plan(n, c, size, channels_last, itemsize, 132)
+        programs, p = made.programs, made.arguments
         length, groups = (c, n) if channels_last else (n * c, 1)
         blocks, pixels = -(-length // p['ROWS']), p['tiles'] * p['PIXELS']
         assert programs == groups * blocks * p['parts']
@@ -333,11 +337,11 @@ def test_more_than_2_to_the_31_elements(channels_last):
     x, dy = (torch.empty(shape, dtype=torch.float16, device='cuda').normal_() for _ in range(2))
     if channels_last:
         x, dy = (t.view(3, 2**24, 64).mT for t in (x, dy))
-    mean, var = passes.moments(x)
-    a, b1, b0 = torch.randn(3, 3, 64, device='cuda').unbind()
-    y = passes.affine(x, mean, b1, b0)
-    sums = passes.reduce(dy, x, mean)
-    dx = passes.combine(dy, x, mean, a, b1, b0)
+    moments, coefficients = passes.moments(x), torch.randn(3, 3, 64, device='cuda')
+    (mean, var), (b1, b0, a) = moments, coefficients
+    y = passes.affine(x, moments, coefficients[:2])
+    sums = passes.reduce(dy, x, moments)
+    dx = passes.combine(dy, x, moments, coefficients)
     for i in (0, 0), (1, 31), (2, 63):
         h, dh = x[i].double(), dy[i].double()
         moments = h.mean(), h.var(correction=0)
@@ -363,8 +367,8 @@ def test_a_device_that_is_not_the_current_one():
 
 def test_triton_is_the_backend_on_cuda(monkeypatch):
     monkeypatch.delenv('SN_BACKEND', raising=False)
-    monkeypatch.setattr(backends, '_triton', lambda device, dtype: (passes, None))
-    assert backends.choose(torch.device('cuda'), torch.float32) is passes
+    monkeypatch.setattr(backends, '_triton', lambda device, dtype: (triton_kernels, None))
+    assert backends.choose(torch.device('cuda'), torch.float32) is triton_kernels
     assert backends.choose(torch.device('cpu'), torch.float16) is native
 
 
@@ -383,9 +387,9 @@ def launch_without_compiler(*args, **kwargs):
 
 def import_old(monkeypatch):
     monkeypatch.setattr(triton, '__version__', '2.1.0')
-    monkeypatch.delitem(sys.modules, 'sn_openmmlab.ops.backends.triton_kernels.passes')
-    monkeypatch.delitem(sys.modules, 'sn_openmmlab.ops.backends.triton_kernels.algebra')
-    monkeypatch.delattr(sys.modules['sn_openmmlab.ops.backends.triton_kernels'], 'passes')
+    for name in [name for name in sys.modules if name.startswith('sn_openmmlab.ops.backends.triton_kernels')]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(backends, 'triton_kernels')
 
 
 def import_none(monkeypatch):
@@ -401,7 +405,7 @@ def import_none(monkeypatch):
         (import_none, torch.float32, r'Triton 3\.0 or newer.*torch 2\.4 and newer \(.*triton'),
         (lambda patch: patch.setattr(passes, 'VERSION', (3, 1)), torch.float64, 'float64 they need Triton 3.2'),
         (
-            lambda patch: patch.setattr(passes, 'pool', object.__new__(triton.JITFunction)),
+            lambda patch: patch.setattr(passes, 'INTERPRETED', False),
             torch.float32,
             'CUDA device.*is cpu',
         ),
@@ -436,7 +440,7 @@ def test_triton_is_imported_only_when_wanted():
     code = (
         'import sys, torch; from sn_openmmlab import switch_norm;'
         'switch_norm(torch.zeros(2, 6), torch.ones(3), torch.ones(3));'
-        "print('sn_openmmlab.ops.backends.triton_kernels.passes' in sys.modules)"
+        "print('sn_openmmlab.ops.backends.triton_kernels' in sys.modules)"
     )
     assert alone('-c', code).split()[-1] == 'False'
 
@@ -444,6 +448,6 @@ def test_triton_is_imported_only_when_wanted():
 def test_kernels_compile_and_load_16_bytes_at_once():
     ptx = json.loads(alone('-W', 'ignore', str(Path(__file__).with_name('compile_kernels.py'))).splitlines()[-1])
     kernels = {k.__name__ for m in (passes, triton_algebra) for k in vars(m).values() if hasattr(k, 'arg_names')}
-    assert set(ptx) == {k for k in kernels if k.endswith('_kernel')} | {'_forward', '_backward'}
+    assert set(ptx) == {k for k in kernels if k.endswith('_kernel')}
     for name in '_moments_kernel', '_reduce_kernel', '_combine_kernel':
         assert all('v4.b32' in text for text in ptx[name][:2]), name

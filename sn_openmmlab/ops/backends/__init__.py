@@ -44,7 +44,7 @@ def choose(device: torch.device, dtype: torch.dtype):
 def _triton(device: torch.device, dtype: torch.dtype):
     """The Triton backend, imported and tried when first wanted; or None, and why it does not run."""
     try:
-        from .triton_kernels import passes as triton
+        from . import triton_kernels as triton
     except ImportError as error:
         # torch demands one version of Triton: another one is had by another torch only
         return None, f'they need Triton 3.0 or newer, which comes with torch 2.4 and newer ({error})'

@@ -1,171 +1,179 @@
-"""What lies between the four big passes: the algebra on (N, C)-sized moments, one function forward and one backward.
+"""What lies between the four big passes: the algebra on (N, C)-sized moments, on torch's operations.
 
-Notation: S pixels a map; the forward pass is ``y = a*(x - mean_in) + s`` and the backward pass
-``dx = a*dy + b1*(x - mean_in) + b0``, with coefficients of shape (N, C). Means enter by their distance from the mean of
-the map and variances by the law of total variance, so that nothing cancels where the mean is large. There are few
-operations, since for small layers it is their number that costs.
+The forward pass is ``y = a*(x - mean) + s`` and the backward pass ``dx = b1*(x - mean) + b0 + a*dy``, with coefficients
+of shape (N, C) and the IN means as ``mean``. Means enter by their distance from the IN mean, ``shift``, and variances
+by the law of total variance, so that nothing cancels where the mean is large. ``dmean`` and ``dvar`` are the gradients
+with respect to the blended moments; names that end in a normalizer's are those with respect to its moments.
+
+C++ and Triton have the same four functions, with the same names inside.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from .interface import Parameters, Setting, Statistics
 
-def forward(
-    mean_in, var_in, mean_bn, var_bn, mean_weight, var_weight, weight, bias, normalizers, eps, size, group
-) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...], Tensor | int | None]:
-    """Coefficients of the forward pass from IN moments.
 
-    Args:
-        mean_in: IN means, (N, C).
-        var_in: Biased IN variances, (N, C).
-        mean_bn: Frozen BN means (C,); None to take the batch's own.
-        var_bn: Frozen BN variances (C,), likewise.
-        mean_weight: Logits (K,) of the means' importance ratios.
-        var_weight: Logits (K,) of the variances' importance ratios.
-        weight: Scale (C,) or None.
-        bias: Shift (C,) or None.
-        normalizers: K names out of 'in', 'ln', 'bn'.
-        eps: Added to the variance.
-        size: S.
-        group: Process group that the batch's moments are taken over, or None.
+def pool(moments: Tensor, size: int) -> Tensor:
+    """Sums over samples, for a sum over processes: ``size`` times means, times mean squares, and the number of maps."""
+    mean, var = moments.double()
+    sums = [mean.sum(0), torch.addcmul(var, mean, mean).sum(0), mean.new_full((1,), len(mean))]
+    return torch.cat(sums) * size
 
-    Returns:
-        a and s, (N, C); what :func:`backward` needs, which begins with mean_in, var_in and the BN moments that were
-        used, (C,) or (1, C); and the number of pixels behind these, None where they are frozen or take no part.
+
+def coefficients(
+    moments: Tensor,
+    size: int,
+    shared: Tensor | None,
+    parameters: Parameters,
+    statistics: Statistics | None,
+    setting: Setting,
+) -> tuple[Tensor, Tensor]:
+    """Coefficients of the forward pass; see :class:`.interface.Backend`."""
+    joint = _join(moments, size, shared, statistics, setting)
+    if statistics is not None and not setting.frozen:
+        update(statistics, joint, len(moments[0]) * size if shared is None else joint[-1])
+    blend, bias = _blend(moments, joint, parameters, setting), parameters.bias
+    s = -blend.shift * blend.a
+    return torch.stack([blend.a, s if bias is None else s + bias]), joint
+
+
+def pool_gradients(sums: Tensor, moments: Tensor, joint: Tensor, parameters: Parameters, setting: Setting) -> Tensor:
+    """Sums over samples of the gradients w.r.t. the blended moments, for a sum over processes."""
+    blend = _blend(moments, joint, parameters, setting)
+    return torch.cat([grad.double().sum(0) for grad in blend.gradients(sums)[1:]])
+
+
+def gradients(
+    sums: Tensor,
+    moments: Tensor,
+    joint: Tensor,
+    size: int,
+    shared: Tensor | None,
+    parameters: Parameters,
+    setting: Setting,
+) -> tuple[Tensor, Tensor]:
+    """Coefficients of the backward pass, and the gradients of everything small; see :class:`.interface.Backend`.
+
+    It is the vector-Jacobian product of :func:`coefficients`: the gradients with respect to a and s are ``sum_dyx`` and
+    ``sum_dy``. Those with respect to the IN moments then are ``size/2 * b1`` and ``size * b0 + a * sum_dy``.
     """
-    distances, variances, count = [], [], None
-    mean_ln = var_ln = None
-    for name in normalizers:
-        if name == 'in':
-            distance, var = None, var_in
-        elif name == 'ln':
-            distance, mean_ln, var_ln = _pool(mean_in, var_in, 1)
-            var = var_ln
-        else:
-            if mean_bn is not None:
-                distance = mean_in - mean_bn
-            elif group is None:
-                count = len(mean_in) * size
-                distance, mean_bn, var_bn = _pool(mean_in, var_in, 0)
-            else:
-                mean_bn, var_bn, count = _group_moments(mean_in, var_in, size, group)
-                distance = mean_in - mean_bn
-            var = var_bn.to(mean_in.dtype)
-        distances.append(distance)
-        variances.append(var)
+    n, c = moments.shape[1:]
+    blend = _blend(moments, joint, parameters, setting)
+    sum_dyxhat, dmean, dvar = blend.gradients(sums)
 
-    mean_ratios, var_ratios = (logits.softmax(0, mean_in.dtype) for logits in (mean_weight, var_weight))
-    shift = _weighted(mean_ratios, distances)  # distance of the IN mean from the blended one
-    if shift is None:
-        shift = torch.zeros_like(mean_in)
-    rstd = (_weighted(var_ratios, variances) + eps).rsqrt_()
-    a = rstd if weight is None else weight * rstd
-    s = shift * a if bias is None else torch.addcmul(bias, shift, a)
-    a, s = (t.to(mean_in.dtype).expand_as(mean_in) for t in (a, s))  # BN alone gives one row for all samples
-    return a, s, (mean_in, var_in, mean_bn, var_bn, mean_ln, var_ln, mean_ratios, var_ratios, shift, rstd), count
-
-
-def backward(
-    sum_dy, sum_dyx, saved, mean_weight, var_weight, weight, normalizers, eps, size, count, group
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Coefficients of the backward pass, and the gradients of everything small.
-
-    Args:
-        sum_dy: Sum of dy over each map, (N, C).
-        sum_dyx: Sum of dy * (x - mean_in) over each map, (N, C).
-        saved: What forward returned for it.
-        mean_weight: As in :func:`forward`, and so are all others not named here.
-        count: What forward returned: None where the BN moments are constants.
-
-    Returns:
-        a, b1, b0 (N, C), and the gradients of mean_weight and var_weight (K,), of weight and bias (C,).
-    """
-    mean_in, var_in, mean_bn, var_bn, mean_ln, var_ln, mean_ratios, var_ratios, shift, rstd = saved
-    n, c = mean_in.shape
-    a = rstd if weight is None else weight * rstd
-
-    # Gradient w.r.t. weight and bias
-    normed = rstd * torch.addcmul(sum_dyx, shift, sum_dy)  # sum of dy * (x - blended mean) / std
-    dweight, dbias = normed.sum(0), sum_dy.sum(0)
-
-    # -1 times the gradient w.r.t. the blended mean, and -2 times the one w.r.t. the blended variance
-    dmean, dvar = a * sum_dy, a * rstd * normed
-
-    # Gradient w.r.t. the logits, which a constant added to all moments does not change, and w.r.t. the IN moments
+    dmean_in = dvar_in = torch.zeros_like(dmean)
     dmean_ratios, dvar_ratios = [], []
-    b1 = b0 = None
-    for name, mean_ratio, var_ratio in zip(normalizers, mean_ratios.unbind(), var_ratios.unbind()):
+    for name, shift, var, mean_ratio, var_ratio in zip(setting.normalizers, *blend.terms):
+        # a constant added to all moments does not change the gradients w.r.t. the logits
+        dmean_ratios.append(mean_ratio.new_zeros(()) if shift is None else (dmean * shift).sum())
+        dvar_ratios.append((dvar * var).sum())
         if name == 'in':
-            dmean_k, dvar_k, var_k, joined = dmean, dvar, var_in, size
-            dmean_ratios.append(mean_ratio.new_zeros(()))
+            dmean_in, dvar_in = dmean_in + mean_ratio * dmean, dvar_in + var_ratio * dvar
+            continue
+        if name == 'ln':
+            dmean_k, dvar_k, share = dmean.sum(1, keepdim=True), dvar.sum(1, keepdim=True), 1 / c
+        elif setting.frozen:
+            continue
+        elif shared is None:
+            dmean_k, dvar_k, share = dmean.sum(0), dvar.sum(0), 1 / n
         else:
-            axis, mean_k, var_k = (1, mean_ln, var_ln) if name == 'ln' else (0, mean_bn, var_bn.to(mean_in.dtype))
-            distance = mean_in - mean_k
-            dmean_ratios.append(_dot(dmean, distance))
-            dmean_k, dvar_k = dmean.sum(axis, keepdim=True), dvar.sum(axis, keepdim=True)
-            joined = size * mean_in.shape[axis]
-        dvar_ratios.append(_dot(dvar_k, var_k))
-        if name == 'bn':
-            if count is None:
-                continue
-            if group is not None:
-                both, joined = torch.cat([dmean_k, dvar_k]), count
-                dist.all_reduce(both, group=group)
-                dmean_k, dvar_k = both.split(1)
-        scale = -1 / max(joined, 1) if isinstance(joined, int) else joined.clamp(min=1).reciprocal().neg()
-        dvar_k = dvar_k * (var_ratio * scale)
-        dmean_k = dmean_k * (mean_ratio * scale)
-        if name != 'in':  # the variance also holds the spread of the IN means
-            dmean_k = torch.addcmul(dmean_k, dvar_k, distance)
-        b1, b0 = (dvar_k, dmean_k) if b1 is None else (b1 + dvar_k, b0 + dmean_k)
-    if b1 is None:
-        b1 = b0 = torch.zeros_like(mean_in)
+            dmean_k, dvar_k = shared.to(dmean.dtype).view(2, c)
+            share = (size / joint[-1]).to(dmean.dtype)  # of a map in the pixels of its channel
+        dmean_k, dvar_k = mean_ratio * share * dmean_k, var_ratio * share * dvar_k
+        dvar_in = dvar_in + dvar_k
+        dmean_in = dmean_in + dmean_k - 2 * dvar_k * shift  # the joint variance also holds the spread of the means
 
-    dmean_weight = _softmax_backward(mean_ratios, dmean_ratios)
-    dvar_weight = _softmax_backward(var_ratios, dvar_ratios) * -0.5
-    a, b1, b0 = (t.to(mean_in.dtype).expand_as(mean_in) for t in (a, b1, b0))
-    return a, b1, b0, dmean_weight, dvar_weight, dweight, dbias
+    dlogits = [_softmax_backward(*pair) for pair in zip(blend.ratios, (dmean_ratios, dvar_ratios))]
+    small = torch.cat([sum_dyxhat.sum(0), sums[0].sum(0), *dlogits])
+    return torch.stack([dvar_in * (2 / size), dmean_in / size, blend.a]), small
 
 
-def _pool(mean: Tensor, var: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Distance of each mean from their joint one; joint mean and variance along an axis of (N, C), which stays."""
-    average = torch.mean if mean.shape[axis] else torch.sum  # zeros where there is no sample
-    joint = average(mean, axis, keepdim=True)
-    distance = mean - joint
-    distance -= average(distance, axis, keepdim=True)  # what rounding the joint mean has left
-    return distance, joint, average(torch.addcmul(var, distance, distance), axis, keepdim=True)
+def update(statistics: Statistics, joint: Tensor, count: int | Tensor) -> None:
+    """Move the running statistics towards the batch's, of ``count`` pixels; not at all where that is 0."""
+    mean, var, tracked, momentum = statistics
+    new_mean, new_var = joint[-2 * len(mean) - 1 : -1].view(2, -1)
+    if isinstance(count, Tensor):  # counted over a group: stays on the device
+        seen, unbiased = count.clamp(max=1), count / (count - 1).clamp(min=1)
+    else:
+        seen, unbiased = min(count, 1), count / max(count - 1, 1)
+    if tracked is not None:
+        tracked += seen.to(tracked) if isinstance(seen, Tensor) else seen
+    if momentum is None:
+        momentum = 1 / tracked.clamp(min=1).to(mean)
+    weight = momentum * seen
+    for running, new in (mean, new_mean), (var, new_var * unbiased):
+        running.lerp_(new.to(running.dtype), weight.to(running.dtype) if isinstance(weight, Tensor) else weight)
 
 
-def _group_moments(mean: Tensor, var: Tensor, size: int, group) -> tuple[Tensor, Tensor, Tensor]:
-    """BN moments (1, C) of the joined batch of a process group, and the number of pixels behind them.
-
-    One all-reduce of 2C + 1 numbers, so that every pixel of every rank weighs the same; in float64, where
-    ``E[x^2] - E[x]^2`` does not cancel.
-    """
-    dtype, c = mean.dtype, mean.shape[1]
-    mean, var = mean.double(), var.double()
-    sums = torch.cat([mean.sum(0), torch.addcmul(var, mean, mean).sum(0), mean.new_full((1,), len(mean))]) * size
-    dist.all_reduce(sums, group=group)
-    *_, count = sums.split([c, c, 1])
-    joint, square = (sums[:-1] / count.clamp(min=1)).view(2, 1, c)
-    joint_var = torch.addcmul(square, joint, joint, value=-1).clamp_(min=0)
-    return joint.to(dtype), joint_var.to(dtype), count[0]
+def joined(shared: Tensor, samples: int) -> Tensor:
+    """What :func:`coefficients` returns as ``joint``, where LN's moments are of no interest."""
+    *sums, count = shared.split([(len(shared) - 1) // 2] * 2 + [1])
+    mean, square = (t / count.clamp(min=1) for t in sums)
+    var = torch.addcmul(square, mean, mean, value=-1).clamp_(min=0)
+    return torch.cat([shared.new_zeros(2 * samples), mean, var, count])
 
 
-def _weighted(ratios: Tensor, terms: list[Tensor | None]) -> Tensor | None:
-    """``sum_k ratio_k * term_k``; from the last to the first, since the first is the only one of full size."""
-    total = None
-    for ratio, term in zip(ratios.unbind()[::-1], terms[::-1]):
-        if term is not None:
-            total = ratio * term if total is None else torch.addcmul(total, term, ratio)
-    return total
+class _Blend(NamedTuple):
+    """The blended moments: their mean by its distance from the IN mean, their variance as 1 / sqrt(var + eps)."""
+
+    terms: tuple  # for each normalizer: distance of its mean (None for IN), its variance, and its two ratios
+    ratios: tuple[Tensor, Tensor]
+    shift: Tensor
+    rstd: Tensor
+    a: Tensor
+
+    def gradients(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums of dy * (x - blended mean) / std, and the gradients w.r.t. the blended mean and variance."""
+        sum_dy, sum_dyx = sums
+        sum_dyxhat = self.rstd * torch.addcmul(sum_dyx, self.shift, sum_dy, value=-1)
+        return sum_dyxhat, -self.a * sum_dy, -0.5 * self.a * self.rstd * sum_dyxhat
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.dot(a.reshape(-1), b.reshape(-1))
+def _blend(moments: Tensor, joint: Tensor, parameters: Parameters, setting: Setting) -> _Blend:
+    mean, var_in = moments
+    n, c = mean.shape
+    mean_ln, var_ln, mean_bn, var_bn, _ = joint.split([n, n, c, c, 1])
+    of = {'in': (None, var_in), 'ln': (mean_ln[:, None], var_ln[:, None]), 'bn': (mean_bn, var_bn)}
+    shifts, variances = [], []
+    for joint_mean, var in (of[name] for name in setting.normalizers):
+        shifts.append(None if joint_mean is None else (joint_mean - mean).to(mean.dtype))
+        variances.append(var.to(mean.dtype))
+    ratios = tuple(logits.softmax(0, mean.dtype) for logits in parameters[:2])
+    terms = shifts, variances, *(ratio.unbind() for ratio in ratios)
+    shift, var = torch.zeros_like(mean), torch.full_like(mean, setting.eps)
+    for shift_k, var_k, mean_ratio, var_ratio in zip(*terms):
+        shift = shift if shift_k is None else torch.addcmul(shift, mean_ratio, shift_k)
+        var = torch.addcmul(var, var_ratio, var_k)
+    rstd = var.rsqrt_()
+    return _Blend(terms, ratios, shift, rstd, rstd if parameters.weight is None else parameters.weight * rstd)
+
+
+def _join(moments: Tensor, size: int, shared: Tensor | None, statistics: Statistics | None, setting: Setting) -> Tensor:
+    """Moments of LN and BN, and the number of pixels behind BN's."""
+    # distances between large means need more than float32, which not every device has
+    mean, var = moments.double() if moments.device.type in ('cpu', 'cuda') else moments
+    n, c = mean.shape
+    if shared is not None:
+        joint = joined(shared, n)
+    elif 'bn' not in setting.normalizers:
+        joint = mean.new_zeros(2 * (n + c) + 1)
+    else:
+        bn = statistics[:2] if setting.frozen else _pool(mean, var, 0)
+        joint = torch.cat([mean.new_zeros(2 * n), *(t.to(mean.dtype) for t in bn), mean.new_full((1,), n * size)])
+    if 'ln' in setting.normalizers:
+        torch.cat(_pool(mean, var, 1), out=joint[: 2 * n])
+    return joint
+
+
+def _pool(mean: Tensor, var: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Joint mean and variance along an axis of (N, C)."""
+    joint = mean.mean(axis, keepdim=True)
+    return joint.squeeze(axis), (var + (mean - joint).square()).mean(axis)
 
 
 def _softmax_backward(ratios: Tensor, dratios: list[Tensor]) -> Tensor:

@@ -2,8 +2,8 @@
 
 To torch each map is the one channel of a norm of its own: the input is seen as a single sample with N*C channels, or,
 where it is stored channels last, sample by sample. Its batch-norm kernels are then the passes wanted, vectorised, for
-every dtype. Where they are slow, plain arithmetic takes their place. Maps are (N, C, S), moments and coefficients
-(N, C).
+every dtype. Where they are slow, plain arithmetic takes their place. Below the four passes, maps are (N, C, S), and
+moments and coefficients (N, C).
 """
 
 from __future__ import annotations
@@ -16,11 +16,43 @@ from torch import Tensor
 
 from ..formula import moments_dtype
 from ..torch_versions import VERSION
-from . import algebra  # noqa: F401  (part of a backend's interface)
+from . import algebra
 
+pool, coefficients = algebra.pool, algebra.coefficients
+pool_gradients, gradients = algebra.pool_gradients, algebra.gradients
 _aten = torch.ops.aten
 _SMALL = 64  # pixels of a map below which calling a kernel for it costs more than its work
 _CHUNK = 2**19  # elements that stay in the cache from one operation to the next
+
+
+def moments(x: Tensor) -> Tensor:
+    """Pass 1: means and biased variances of the maps."""
+    return torch.stack(_moments(_maps(x)))
+
+
+def affine(x: Tensor, moments: Tensor, coefficients: Tensor) -> Tensor:
+    """Pass 2: ``a*(x - mean) + s``."""
+    return _alone(_affine(_maps(x), moments[0], *coefficients), x)
+
+
+def reduce(dy: Tensor, x: Tensor, moments: Tensor) -> Tensor:
+    """Pass 3: sums of dy and of dy * (x - mean) over the maps."""
+    return torch.stack(_reduce(_maps(dy), _maps(x), moments[0]))
+
+
+def combine(dy: Tensor, x: Tensor, moments: Tensor, coefficients: Tensor) -> Tensor:
+    """Pass 4: ``b1*(x - mean) + b0 + a*dy``."""
+    return _alone(_combine(_maps(dy), _maps(x), moments[0], *coefficients), x)
+
+
+def _maps(x: Tensor) -> Tensor:
+    """Any rank as (N, C, S)."""
+    return x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
+
+
+def _alone(y: Tensor, x: Tensor) -> Tensor:
+    """Maps in the shape of ``x``, yet no view of anything, since ReLU(inplace=True) follows."""
+    return x.new_empty(0).set_(y.view(x.shape))
 
 
 def _where_torch_cannot(function: Callable) -> Callable:
@@ -38,8 +70,8 @@ def _where_torch_cannot(function: Callable) -> Callable:
 
 
 @_where_torch_cannot
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Pass 1: mean and biased variance of each map."""
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each map."""
     if x.device.type == 'cpu' and (x.is_contiguous() or _many(x)):
         # The fastest way first: exact enough for maps that lie near zero, as those of a convolution do.
         for way, limit in (_moments_by_sums, 16), (_moments_by_group_norm, 1e4):
@@ -56,23 +88,23 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @_where_torch_cannot
-def affine(x: Tensor, mean: Tensor, a: Tensor, s: Tensor) -> Tensor:
-    """Pass 2: ``a*(x - mean) + s``."""
+def _affine(x: Tensor, mean: Tensor, a: Tensor, s: Tensor) -> Tensor:
+    """``a*(x - mean) + s``."""
     if _is_half(x):
         if _many(x):
-            return _chunkwise(affine, x, mean, a, s)
+            return _chunkwise(_affine, x, mean, a, s)
     elif not x.is_contiguous() or x.shape[2] < _SMALL:
         a, s = a[..., None], torch.addcmul(s, mean, a, value=-1)[..., None]
         return torch.mul(x, a).add_(s) if x.is_contiguous() else torch.addcmul(s, x, a)
     y = torch.empty_like(x)
-    for sample, out, *coefficients in zip(_samples(x), _samples(y), *(_split(x, t) for t in (a, s, mean))):
-        _evaluate(sample, *coefficients, _constants(sample)[1], out)
+    for sample, out, *small in zip(_samples(x), _samples(y), *(_split(x, t) for t in (a, s, mean))):
+        _evaluate(sample, *small, _constants(sample)[1], out)
     return y
 
 
 @_where_torch_cannot
-def reduce(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Pass 3: sum of dy and sum of dy * (x - mean) over each map."""
+def _reduce(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of dy and sum of dy * (x - mean) over each map."""
     if _many(x):
         return _join([(d.sum(2), torch.sub(h, m[..., None]).mul_(d).sum(2)) for d, h, m in _chunks(dy, x, mean)], x)
     samples = zip(_samples(_for_sums(dy)), _samples(_for_sums(x)), _split(x, mean))
@@ -80,16 +112,16 @@ def reduce(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @_where_torch_cannot
-def combine(dy: Tensor, x: Tensor, mean: Tensor, a: Tensor, b1: Tensor, b0: Tensor) -> Tensor:
-    """Pass 4: ``a*dy + b1*(x - mean) + b0``."""
+def _combine(dy: Tensor, x: Tensor, mean: Tensor, b1: Tensor, b0: Tensor, a: Tensor) -> Tensor:
+    """``b1*(x - mean) + b0 + a*dy``."""
     if not _is_half(x):
-        return affine(x, mean, b1, b0).addcmul_(dy, a[..., None])
+        return _affine(x, mean, b1, b0).addcmul_(dy, a[..., None])
     if _many(x):
-        return _chunkwise(combine, dy, x, mean, a, b1, b0)
+        return _chunkwise(_combine, dy, x, mean, b1, b0, a)
     # Coefficients are not to be rounded, but the sum is, three times: the error of dx is 1.4 times that of one
     # rounding, which would take float32 maps and up to 2.6 times as long.
     zeros = torch.zeros_like(a)
-    return affine(x, mean, b1, b0).add_(affine(dy, zeros, a, zeros))
+    return _affine(x, mean, b1, b0).add_(_affine(dy, zeros, a, zeros))
 
 
 def _moments_by_sums(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,16 +1,20 @@
-"""The four big passes in C++: for the CPU, in float32 and bfloat16, where the install could compile them.
+"""C++ for the CPU, in float32 and bfloat16, where the install could compile it.
 
 ``passes.cpp`` and ``algebra.cpp`` get pointers and sizes, and know nothing of torch: compiled once, they serve every
-version of torch. Maps, moments and coefficients are those of :mod:`..native`.
+version of torch. The algebra is one call each way, so that small layers do not wait for many operations.
 """
 
 from __future__ import annotations
 
+import functools
+import struct
+
 import torch
 from torch import Tensor
 
-from . import algebra  # noqa: F401  (part of a backend's interface)
-from .algebra import library, pointer
+from .. import algebra
+from ..interface import Parameters, Setting, Statistics
+from .load import library
 
 
 def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
@@ -18,40 +22,138 @@ def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == 'cpu' and dtype in (torch.float32, torch.bfloat16) and library() is not None
 
 
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Pass 1: mean and biased variance of each map."""
+def moments(x: Tensor) -> Tensor:
+    """Pass 1: means and biased variances of the maps."""
     return _sums(x)
 
 
-def affine(x: Tensor, mean: Tensor, a: Tensor, s: Tensor) -> Tensor:
+def affine(x: Tensor, moments: Tensor, coefficients: Tensor) -> Tensor:
     """Pass 2: ``a*(x - mean) + s``."""
-    return _combine(x, mean, a, s)
+    return _combine(x, None, moments, coefficients)
 
 
-def reduce(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Pass 3: sum of dy and sum of dy * (x - mean) over each map."""
-    return _sums(x, dy, mean)
+def reduce(dy: Tensor, x: Tensor, moments: Tensor) -> Tensor:
+    """Pass 3: sums of dy and of dy * (x - mean) over the maps."""
+    return _sums(x, dy, moments)
 
 
-def combine(dy: Tensor, x: Tensor, mean: Tensor, a: Tensor, b1: Tensor, b0: Tensor) -> Tensor:
-    """Pass 4: ``a*dy + b1*(x - mean) + b0``."""
-    return _combine(x, mean, b1, b0, dy, a)
+def combine(dy: Tensor, x: Tensor, moments: Tensor, coefficients: Tensor) -> Tensor:
+    """Pass 4: ``b1*(x - mean) + b0 + a*dy``."""
+    return _combine(x, dy, moments, coefficients)
 
 
-def _sums(x: Tensor, dy: Tensor | None = None, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    first, second = x.new_empty((2, *x.shape[:2]), dtype=torch.float32).unbind()
-    _call(library().sn_sums, x, dy, mean, first, second)
-    return first, second
+def _sums(x: Tensor, dy: Tensor | None = None, moments: Tensor | None = None) -> Tensor:
+    n, c = x.shape[:2]
+    sums = x.new_empty((2, n, c), dtype=torch.float32)
+    first = sums.data_ptr()
+    library().sn_sums(x.data_ptr(), _pointer(dy), _pointer(moments), first, first + 4 * n * c, *_storage(x))
+    return sums
 
 
-def _combine(x, mean, b1, b0, dy=None, a=None) -> Tensor:
-    out = torch.empty_like(x)
-    small = [None if t is None else t.contiguous() for t in (mean, a, b1, b0)]
-    _call(library().sn_combine, x, dy, out, *small)
+def _combine(x: Tensor, dy: Tensor | None, moments: Tensor, coefficients: Tensor) -> Tensor:
+    out, first, step = torch.empty_like(x), coefficients.data_ptr(), 4 * moments[0].numel()
+    pointers = x.data_ptr(), _pointer(dy), out.data_ptr(), moments.data_ptr(), first + 2 * step, first, first + step
+    library().sn_combine(*pointers, *_storage(x))
     return out
 
 
-def _call(function, x: Tensor, *others: Tensor | None) -> None:
-    """Call with the tensors, and with what says how ``x`` is stored."""
-    storage = *x.shape, not x.is_contiguous(), x.dtype == torch.bfloat16
-    function(*map(pointer, (x, *others)), *storage, torch.get_num_threads())
+def _storage(x: Tensor) -> tuple:
+    n, c = x.shape[:2]
+    return n, c, x.numel() // (n * c), not x.is_contiguous(), x.dtype == torch.bfloat16, torch.get_num_threads()
+
+
+def pool(moments: Tensor, size: int) -> Tensor:
+    """See :func:`..algebra.pool`."""
+    shared = moments.new_empty(2 * moments.shape[2] + 1, dtype=torch.float64)
+    _run('sn_pool', moments, size, shared=shared)
+    return shared
+
+
+def coefficients(
+    moments: Tensor,
+    size: int,
+    shared: Tensor | None,
+    parameters: Parameters,
+    statistics: Statistics | None,
+    setting: Setting,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`..algebra.coefficients`."""
+    _, n, c = moments.shape
+    out, joint = torch.empty_like(moments), moments.new_empty(2 * (n + c) + 1, dtype=torch.float64)
+    taken = statistics
+    if statistics is not None and not _is_plain(statistics):
+        taken = Statistics(*map(_dense, statistics[:2])) if setting.frozen else None
+    _run('sn_coefficients', moments, size, parameters, setting, joint, shared, out, statistics=taken)
+    if taken is None and statistics is not None:
+        algebra.update(statistics, joint, joint[-1])
+    return out, joint
+
+
+def pool_gradients(sums: Tensor, moments: Tensor, joint: Tensor, parameters: Parameters, setting: Setting) -> Tensor:
+    """See :func:`..algebra.pool_gradients`."""
+    shared = moments.new_empty(2 * moments.shape[2], dtype=torch.float64)
+    _run('sn_pool_gradients', moments, 1, parameters, setting, joint, shared, sums=sums)
+    return shared
+
+
+def gradients(
+    sums: Tensor,
+    moments: Tensor,
+    joint: Tensor,
+    size: int,
+    shared: Tensor | None,
+    parameters: Parameters,
+    setting: Setting,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`..algebra.gradients`."""
+    _, n, c = moments.shape
+    out, small = moments.new_empty((3, n, c)), moments.new_empty(2 * (c + len(setting.normalizers)))
+    _run('sn_gradients', moments, size, parameters, setting, joint, shared, out, sums, small)
+    return out, small
+
+
+_block = struct.Struct('8q2d13q').pack  # as Arguments in algebra.cpp
+_NOTHING = Parameters(None, None, None, None)
+
+
+def _run(
+    name, moments, size, parameters=_NOTHING, setting=None, joint=None, shared=None, out=None, sums=None, small=None,
+    statistics=None,
+) -> None:  # fmt: skip
+    places, eps, frozen = (-1, -1, -1), 0.0, False
+    if setting is not None:
+        names, eps, frozen = setting
+        places = _places(names)
+    parameters = [None if t is None else _dense(t) for t in parameters]  # kept until the call is over
+    mean, var, tracked, momentum = statistics or Statistics(None, None)
+    numbers = *moments.shape[1:], size, torch.get_num_threads(), *places, frozen, eps
+    tensors = moments, joint, shared, out, sums, small, *parameters, mean, var, tracked
+    getattr(library(), name)(_block(*numbers, -1 if momentum is None else momentum, *map(_address, tensors)))
+
+
+def _is_plain(statistics: Statistics) -> bool:
+    """Whether C++ can move them."""
+    mean, var, tracked, _ = statistics
+    return (
+        mean.dtype == var.dtype == torch.float32
+        and mean.is_contiguous()
+        and var.is_contiguous()
+        and (tracked is None or tracked.dtype == torch.int64)
+    )
+
+
+def _dense(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float32 and t.is_contiguous() else t.float().contiguous()
+
+
+@functools.lru_cache(None)
+def _places(normalizers: tuple[str, ...]) -> list[int]:
+    return [normalizers.index(name) if name in normalizers else -1 for name in ('in', 'ln', 'bn')]
+
+
+def _pointer(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()

@@ -1,10 +1,11 @@
 // The algebra of backends/algebra.py on the CPU, with its names: one call each way, so that small layers do not wait for
-// some thirty operations. algebra.py calls the functions at the end.
+// some thirty operations. __init__.py calls the functions at the end, with the block of Arguments.
 //
 // Moments of maps and coefficients are float32, (samples, channels). Joint moments and all sums are float64, so that
 // distances between means do not cancel.
 
 #include <cmath>
+#include <cstring>
 #include <memory>
 
 #include "parallel.h"
@@ -19,21 +20,26 @@ struct Ratios {
 
 struct Row {  // sums over the channels of a sample
     double dmean, dvar;
-    double dmean_ln, dmean_bn;  // of dmean times the distance from LN's mean, and from BN's
+    double dmean_ln, dmean_bn;  // of dmean times the distance to LN's mean, and to BN's
     double dvar_in, dvar_bn;    // of dvar times the variance
 };
 
-struct Arguments {  // as in algebra.py
+struct Arguments {  // as in __init__.py
     int64_t samples, channels, size, threads;
     int64_t in, ln, bn;  // the normalizers' places among the logits, -1 for what takes no part
     int64_t frozen;      // whether the BN moments are constants
     double eps;
-    const float *mean, *var, *mean_logits, *var_logits;
-    const float *weight, *bias;     // null for 1 and 0
-    double* joint;                  // joint moments: means and variances of LN (samples), and of BN (channels)
-    float *a, *s;                   // of forward
-    const float *sum_dy, *sum_dyx;  // of backward, as all that follows
-    float *b1, *b0, *dmean_logits, *dvar_logits, *dweight, *dbias;
+    double momentum;             // of the running statistics; negative: all batches weigh the same
+    const float* mean;           // moments, (2, samples, channels)
+    double* joint;               // means and variances of LN (samples) and of BN (channels), and BN's number of pixels
+    double* shared;              // sums over samples, which a sum over processes makes those of all; or null
+    float* coefficients;         // written: a and s, or b1, b0 and a
+    const float* sum_dy;         // sums, (2, samples, channels)
+    float* dweight;              // written: the gradients of weight, bias, mean_logits and var_logits
+    const float *mean_logits, *var_logits;
+    const float *weight, *bias;  // null for 1 and 0
+    float *running_mean, *running_var;
+    int64_t* tracked;
 };
 
 Ratios softmax(const Arguments& t, const float* logits) {
@@ -47,20 +53,25 @@ Ratios softmax(const Arguments& t, const float* logits) {
 
 struct Algebra : Arguments {
     Ratios mean_ratios, var_ratios;
-    double *mean_ln, *var_ln, *mean_bn, *var_bn;
+    const float *var, *sum_dyx;
+    double *mean_ln, *var_ln, *mean_bn, *var_bn, *count;
     Row* rows = nullptr;                       // of backward, (samples)
     double *dmean = nullptr, *dvar = nullptr;  // of backward, sums over samples (channels)
 
-    explicit Algebra(const Arguments& given) : Arguments(given) {
-        mean_ratios = softmax(given, mean_logits), var_ratios = softmax(given, var_logits);
+    explicit Algebra(const char* block) {
+        std::memcpy(static_cast<Arguments*>(this), block, sizeof(Arguments));
+        mean_ratios = softmax(*this, mean_logits), var_ratios = softmax(*this, var_logits);
+        var = mean + elements(), sum_dyx = sum_dy + elements();
         mean_ln = joint, var_ln = mean_ln + samples, mean_bn = var_ln + samples, var_bn = mean_bn + channels;
+        count = var_bn + channels;
     }
     int64_t elements() const { return samples * channels; }
 };
 
+// Distance of the blended mean from the map's
 INLINE float shift_at(const Algebra& t, int64_t n, int64_t c) {
     const double mean = t.mean[n * t.channels + c];
-    return t.mean_ratios.ln * (mean - t.mean_ln[n]) + t.mean_ratios.bn * (mean - t.mean_bn[c]);
+    return t.mean_ratios.ln * (t.mean_ln[n] - mean) + t.mean_ratios.bn * (t.mean_bn[c] - mean);
 }
 
 INLINE float rstd_at(const Algebra& t, int64_t n, int64_t c) {
@@ -78,16 +89,16 @@ FOR_EACH_CPU void pool_rows(const Algebra& t, int64_t begin, int64_t end) {
         double joint = 0, joint_var = 0;
 #pragma omp simd reduction(+ : joint)
         for (int64_t c = 0; c < t.channels; ++c) joint += mean[c];
-        joint /= std::max<int64_t>(t.channels, 1);
+        joint /= t.channels;
 #pragma omp simd reduction(+ : joint_var)
         for (int64_t c = 0; c < t.channels; ++c) joint_var += var[c] + (mean[c] - joint) * (mean[c] - joint);
         t.mean_ln[n] = joint;
-        t.var_ln[n] = joint_var / std::max<int64_t>(t.channels, 1);
+        t.var_ln[n] = joint_var / t.channels;
     }
 }
 
 FOR_EACH_CPU void pool_columns(const Algebra& t, int64_t begin, int64_t end) {
-    const double count = std::max<int64_t>(t.samples, 1);
+    const double count = t.samples;
     for (int64_t start = begin; start < end; start += COLUMNS) {
         const int64_t width = std::min(COLUMNS, end - start);
         double joint[COLUMNS] = {}, joint_var[COLUMNS] = {};
@@ -106,13 +117,53 @@ FOR_EACH_CPU void pool_columns(const Algebra& t, int64_t begin, int64_t end) {
     }
 }
 
+// What processes add up: size times the sums of means and of mean squares
+FOR_EACH_CPU void share_columns(const Algebra& t, int64_t begin, int64_t end) {
+    for (int64_t start = begin; start < end; start += COLUMNS) {
+        const int64_t width = std::min(COLUMNS, end - start);
+        double sums[COLUMNS] = {}, squares[COLUMNS] = {};
+        for (int64_t n = 0; n < t.samples; ++n)
+            for (int64_t c = 0; c < width; ++c) {
+                const double mean = t.mean[n * t.channels + start + c];
+                sums[c] += mean;
+                squares[c] += t.var[n * t.channels + start + c] + mean * mean;
+            }
+        for (int64_t c = 0; c < width; ++c) {
+            t.shared[start + c] = sums[c] * t.size;
+            t.shared[t.channels + start + c] = squares[c] * t.size;
+        }
+    }
+}
+
+void take_shared(const Algebra& t) {
+    for (int64_t c = 0; c < t.channels; ++c) {
+        t.mean_bn[c] = t.shared[c] / *t.count;
+        t.var_bn[c] = std::max(t.shared[t.channels + c] / *t.count - t.mean_bn[c] * t.mean_bn[c], 0.);
+    }
+}
+
+INLINE float moved(float old, float to, float weight) {  // as torch's lerp, which arrives where weight is 1
+    return weight < 0.5f ? old + weight * (to - old) : to - (to - old) * (1 - weight);
+}
+
+// The variances that are kept are unbiased.
+void move_statistics(const Algebra& t) {
+    if (t.tracked) ++*t.tracked;
+    const float weight = t.momentum < 0 ? 1.f / *t.tracked : t.momentum;
+    const double unbiased = *t.count / std::max(*t.count - 1, 1.);
+    for (int64_t c = 0; c < t.channels; ++c) {
+        t.running_mean[c] = moved(t.running_mean[c], t.mean_bn[c], weight);
+        t.running_var[c] = moved(t.running_var[c], t.var_bn[c] * unbiased, weight);
+    }
+}
+
 FOR_EACH_CPU void blend(const Algebra& t, int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
-        float *a = t.a + n * t.channels, *s = t.s + n * t.channels;
+        float *a = t.coefficients + n * t.channels, *s = a + t.elements();
 #pragma omp simd
         for (int64_t c = 0; c < t.channels; ++c) {
             a[c] = a_at(t, rstd_at(t, n, c), c);
-            s[c] = shift_at(t, n, c) * a[c] + (t.bias ? t.bias[c] : 0);
+            s[c] = (t.bias ? t.bias[c] : 0) - shift_at(t, n, c) * a[c];
         }
     }
 }
@@ -120,14 +171,14 @@ FOR_EACH_CPU void blend(const Algebra& t, int64_t begin, int64_t end) {
 // Backward
 
 struct Gradients {
-    float sum_dy, normed, a, dmean, dvar;  // dmean, dvar: -1 and -2 times those w.r.t. the blended moments
+    float sum_dy, sum_dyxhat, a, dmean, dvar;  // dmean, dvar: w.r.t. the blended moments
 };
 
 INLINE Gradients gradients_at(const Algebra& t, int64_t n, int64_t c) {
     const float sum_dy = t.sum_dy[n * t.channels + c], sum_dyx = t.sum_dyx[n * t.channels + c];
     const float rstd = rstd_at(t, n, c), a = a_at(t, rstd, c);
-    const float normed = rstd * (sum_dyx + shift_at(t, n, c) * sum_dy);
-    return {sum_dy, normed, a, a * sum_dy, a * rstd * normed};
+    const float sum_dyxhat = rstd * (sum_dyx - shift_at(t, n, c) * sum_dy);
+    return {sum_dy, sum_dyxhat, a, -a * sum_dy, -0.5f * a * rstd * sum_dyxhat};
 }
 
 FOR_EACH_CPU void sum_rows(const Algebra& t, int64_t begin, int64_t end) {
@@ -139,8 +190,8 @@ FOR_EACH_CPU void sum_rows(const Algebra& t, int64_t begin, int64_t end) {
             const double mean = t.mean[n * t.channels + c];
             dmean += g.dmean;
             dvar += g.dvar;
-            dmean_ln += g.dmean * (mean - t.mean_ln[n]);
-            dmean_bn += g.dmean * (mean - t.mean_bn[c]);
+            dmean_ln += g.dmean * (t.mean_ln[n] - mean);
+            dmean_bn += g.dmean * (t.mean_bn[c] - mean);
             dvar_in += g.dvar * t.var[n * t.channels + c];
             dvar_bn += g.dvar * t.var_bn[c];
         }
@@ -156,74 +207,99 @@ FOR_EACH_CPU void sum_columns(const Algebra& t, int64_t begin, int64_t end) {
 #pragma omp simd
             for (int64_t c = 0; c < width; ++c) {
                 const Gradients g = gradients_at(t, n, start + c);
-                dweight[c] += g.normed;
+                dweight[c] += g.sum_dyxhat;
                 dbias[c] += g.sum_dy;
                 dmean[c] += g.dmean;
                 dvar[c] += g.dvar;
             }
-        std::copy_n(dweight, width, t.dweight + start);
-        std::copy_n(dbias, width, t.dbias + start);
+        if (t.dweight) {
+            std::copy_n(dweight, width, t.dweight + start);
+            std::copy_n(dbias, width, t.dweight + t.channels + start);
+        }
         std::copy_n(dmean, width, t.dmean + start);
         std::copy_n(dvar, width, t.dvar + start);
     }
 }
 
-FOR_EACH_CPU void coefficients(const Algebra& t, int64_t begin, int64_t end) {
-    // -1 over the number of pixels that a normalizer pools
-    const double in = -1. / std::max<int64_t>(t.size, 1), ln = in / std::max<int64_t>(t.channels, 1);
-    const double bn = t.frozen ? 0 : in / t.samples;
+FOR_EACH_CPU void write_coefficients(const Algebra& t, int64_t begin, int64_t end) {
+    // 1 over the number of pixels that a normalizer pools
+    const double in = 1. / t.size, ln = in / t.channels, bn = t.frozen || t.bn < 0 ? 0 : 1 / *t.count;
+    const double *dmean_bn = t.shared ? t.shared : t.dmean, *dvar_bn = t.shared ? t.shared + t.channels : t.dvar;
     for (int64_t n = begin; n < end; ++n) {
         const double dmean_ln = t.rows[n].dmean * t.mean_ratios.ln * ln;
         const double dvar_ln = t.rows[n].dvar * t.var_ratios.ln * ln;
-        float *a = t.a + n * t.channels, *b1 = t.b1 + n * t.channels, *b0 = t.b0 + n * t.channels;
+        float *b1 = t.coefficients + n * t.channels, *b0 = b1 + t.elements(), *a = b0 + t.elements();
 #pragma omp simd
         for (int64_t c = 0; c < t.channels; ++c) {
             const Gradients g = gradients_at(t, n, c);
             const double mean = t.mean[n * t.channels + c];
-            const double dmean_bn = t.dmean[c] * t.mean_ratios.bn * bn, dvar_bn = t.dvar[c] * t.var_ratios.bn * bn;
+            const double dmean = dmean_bn[c] * t.mean_ratios.bn * bn, dvar = dvar_bn[c] * t.var_ratios.bn * bn;
             a[c] = g.a;
-            b1[c] = g.dvar * t.var_ratios.in * in + dvar_ln + dvar_bn;
+            b1[c] = 2 * (g.dvar * t.var_ratios.in * in + dvar_ln + dvar);
             // the joint variances also hold the spread of the means
-            b0[c] = g.dmean * t.mean_ratios.in * in + dmean_ln + dvar_ln * (mean - t.mean_ln[n]) + dmean_bn +
-                    dvar_bn * (mean - t.mean_bn[c]);
+            b0[c] = g.dmean * t.mean_ratios.in * in + dmean_ln - 2 * dvar_ln * (t.mean_ln[n] - mean) + dmean -
+                    2 * dvar * (t.mean_bn[c] - mean);
         }
     }
 }
 
-void softmax_backward(const Algebra& t, Ratios ratios, Ratios dratios, double scale, float* dlogits) {
+void softmax_backward(const Algebra& t, Ratios ratios, Ratios dratios, float* dlogits) {
     const double joint = ratios.in * dratios.in + ratios.ln * dratios.ln + ratios.bn * dratios.bn;
-    if (t.in >= 0) dlogits[t.in] = scale * ratios.in * (dratios.in - joint);
-    if (t.ln >= 0) dlogits[t.ln] = scale * ratios.ln * (dratios.ln - joint);
-    if (t.bn >= 0) dlogits[t.bn] = scale * ratios.bn * (dratios.bn - joint);
+    if (t.in >= 0) dlogits[t.in] = ratios.in * (dratios.in - joint);
+    if (t.ln >= 0) dlogits[t.ln] = ratios.ln * (dratios.ln - joint);
+    if (t.bn >= 0) dlogits[t.bn] = ratios.bn * (dratios.bn - joint);
 }
 
 }  // namespace
 
 extern "C" {
 
-// a and s. Joint moments are written, but for BN's where frozen.
-void sn_forward(const Arguments& given) {
-    const Algebra t(given);
+// shared of the forward pass, of this process alone.
+void sn_pool(const char* block) {
+    const Algebra t(block);
+    run(share_columns, t, t.channels, t.elements(), t.threads);
+    t.shared[2 * t.channels] = t.samples * t.size;
+}
+
+// joint, coefficients a and s, and, where they are given and not frozen, the running statistics.
+void sn_coefficients(const char* block) {
+    const Algebra t(block);
     if (t.ln < 0)
         std::fill_n(t.mean_ln, 2 * t.samples, 0.);
     else
         run(pool_rows, t, t.samples, t.elements(), t.threads);
-    if (t.bn < 0)
+    *t.count = t.bn < 0 ? 0 : t.shared ? t.shared[2 * t.channels] : t.samples * t.size;
+    if (t.bn < 0) {
         std::fill_n(t.mean_bn, 2 * t.channels, 0.);
-    else if (!t.frozen)
-        run(pool_columns, t, t.channels, t.elements(), t.threads);
+    } else if (t.frozen) {
+        std::copy_n(t.running_mean, t.channels, t.mean_bn);
+        std::copy_n(t.running_var, t.channels, t.var_bn);
+    } else {
+        if (t.shared)
+            take_shared(t);
+        else
+            run(pool_columns, t, t.channels, t.elements(), t.threads);
+        if (t.running_mean) move_statistics(t);
+    }
     run(blend, t, t.samples, t.elements(), t.threads);
 }
 
-// a, b1, b0, and the gradients of what is small.
-void sn_backward(const Arguments& given) {
-    Algebra t(given);
+// shared of the backward pass, of this process alone.
+void sn_pool_gradients(const char* block) {
+    Algebra t(block);
+    t.dmean = t.shared, t.dvar = t.shared + t.channels;
+    run(sum_columns, t, t.channels, t.elements(), t.threads);
+}
+
+// Coefficients b1, b0 and a, and the gradients of what is small.
+void sn_gradients(const char* block) {
+    Algebra t(block);
     const std::unique_ptr<Row[]> rows(new Row[t.samples]);
     const std::unique_ptr<double[]> columns(new double[2 * t.channels]);
     t.rows = rows.get(), t.dmean = columns.get(), t.dvar = t.dmean + t.channels;
     run(sum_rows, t, t.samples, t.elements(), t.threads);
     run(sum_columns, t, t.channels, t.elements(), t.threads);
-    run(coefficients, t, t.samples, t.elements(), t.threads);
+    run(write_coefficients, t, t.samples, t.elements(), t.threads);
     Ratios dmean = {}, dvar = {};
     for (int64_t n = 0; n < t.samples; ++n) {
         dmean.ln += t.rows[n].dmean_ln;
@@ -232,8 +308,9 @@ void sn_backward(const Arguments& given) {
         dvar.ln += t.rows[n].dvar * t.var_ln[n];
         dvar.bn += t.rows[n].dvar_bn;
     }
-    softmax_backward(t, t.mean_ratios, dmean, 1, t.dmean_logits);
-    softmax_backward(t, t.var_ratios, dvar, -0.5, t.dvar_logits);
+    const int64_t logits = (t.in >= 0) + (t.ln >= 0) + (t.bn >= 0);
+    softmax_backward(t, t.mean_ratios, dmean, t.dweight + 2 * t.channels);
+    softmax_backward(t, t.var_ratios, dvar, t.dweight + 2 * t.channels + logits);
 }
 
 }  // extern "C"

@@ -1,4 +1,4 @@
-// The four big passes for the CPU, in float32 and bfloat16. cpp/__init__.py calls the functions at the end by ctypes,
+// The four big passes for the CPU, in float32 and bfloat16. __init__.py calls the functions at the end by ctypes,
 // with plain pointers; as the Python module _cpp, which the install builds, the library is empty.
 //
 // A sample's maps, of `size` pixels each, lie one after the other or, channels last, as `size` rows of `channels`

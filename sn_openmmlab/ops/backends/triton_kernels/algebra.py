@@ -1,15 +1,14 @@
 """The algebra of :mod:`..algebra` in Triton: one launch each way, so that small layers do not wait for launches.
 
-Notation and arguments are those of :mod:`..algebra`; distances between means are formed in float64, all else in the
-dtype of the moments. A program holds a tile of (N, C) in registers. If one can hold everything it runs alone; else a
-first launch takes the sums over rows, all channels of a sample, and a second one those over columns, all samples of a
-channel. Sums over a process group, and tensors too large, go to :mod:`..algebra`.
+Names are those of :mod:`..algebra`. Distances between means are formed in float64, all else as the moments are stored.
+A program holds a tile of (N, C) in registers. If one can hold everything it runs alone; else a first launch takes the
+sums over rows, all channels of a sample, and a second one those over columns, all samples of a channel. Tensors too
+large go to :mod:`..algebra`.
 """
 
 # no `from __future__ import annotations`: Triton 3.0 takes tl.constexpr for what it is only where it is evaluated
 
 import functools
-from typing import NamedTuple
 
 import torch
 import triton
@@ -18,129 +17,171 @@ from torch import Tensor
 
 from ...formula import NORMALIZERS
 from .. import algebra
-
-VERSION = tuple(map(int, triton.__version__.split('.')[:2]))
-if VERSION < (3, 0):
-    raise ImportError(f'Triton is {triton.__version__}')
+from ..interface import Parameters, Setting, Statistics
+from .launch import Plan, launch
 
 _ALONE = 4096  # elements of (N, C) up to which one program does everything
 _LONGEST = 8192  # the most rows or columns that fit into registers
 
 
-def forward(
-    mean_in, var_in, mean_bn, var_bn, mean_weight, var_weight, weight, bias, normalizers, eps, size, group
-) -> 'tuple[Tensor, Tensor, tuple[Tensor | None, ...], Tensor | int | None]':
-    """Coefficients of the forward pass from IN moments: see :func:`..algebra.forward`."""
-    if not _fits(mean_in, size, group):
-        return algebra.forward(
-            mean_in, var_in, mean_bn, var_bn, mean_weight, var_weight, weight, bias, normalizers, eps, size, group
-        )
-    (n, c), dtype, device = mean_in.shape, mean_in.dtype, mean_in.device
-    count = None
-    if 'bn' in normalizers and mean_bn is None:
-        mean_bn, var_bn = torch.empty(c, dtype=torch.float64, device=device), torch.empty(c, dtype=dtype, device=device)
-        count = n * size
-    a, s = torch.empty((2, n, c), dtype=dtype, device=device).unbind()
-    plans = _plans(n, c)
-    rows = None if len(plans) == 1 else torch.empty((2, n), dtype=torch.float64, device=device)
-    given = _dense(mean_in, var_in, mean_bn, var_bn, mean_weight, var_weight, weight, bias)
+def pool(moments: Tensor, size: int) -> Tensor:
+    """See :func:`..algebra.pool`."""
+    _, n, c = moments.shape
+    if max(n, c) > _LONGEST:
+        return algebra.pool(moments, size)
+    shared = torch.empty(2 * c + 1, dtype=torch.float64, device=moments.device)
+    launch(_pool_kernel, _column_plan(n, c), (moments, shared), size)
+    return shared
+
+
+def coefficients(
+    moments: Tensor,
+    size: int,
+    shared: 'Tensor | None',
+    parameters: Parameters,
+    statistics: 'Statistics | None',
+    setting: Setting,
+) -> 'tuple[Tensor, Tensor]':
+    """See :func:`..algebra.coefficients`."""
+    _, n, c = moments.shape
+    if max(n, c) > _LONGEST:
+        return algebra.coefficients(moments, size, shared, parameters, statistics, setting)
+    out = torch.empty_like(moments)
+    joint = torch.empty(2 * (n + c) + 1, dtype=torch.float64, device=moments.device)
+    running, momentum = (None, None, None), 0.0
+    moved_here = statistics is not None and not setting.frozen and _can_move(statistics, moments)
+    if moved_here:
+        *running, momentum = statistics
+    elif setting.frozen and statistics is not None:
+        running = *statistics[:2], None
+    tensors = moments, shared, *_dense(*parameters), *_dense(*running), out, joint
+    for plan in _plans(n, c, setting):
+        launch(_coefficients_kernel, plan, tensors, size, float(momentum))
+    if not (setting.frozen or moved_here or statistics is None):
+        algebra.update(statistics, joint, joint[-1])
+    return out, joint
+
+
+def pool_gradients(sums: Tensor, moments: Tensor, joint: Tensor, parameters: Parameters, setting: Setting) -> Tensor:
+    """See :func:`..algebra.pool_gradients`."""
+    _, n, c = moments.shape
+    if max(n, c) > _LONGEST:
+        return algebra.pool_gradients(sums, moments, joint, parameters, setting)
+    shared = torch.empty(2 * c, dtype=torch.float64, device=moments.device)
+    plan = _plans(n, c, setting, by_column=True)[0]
+    launch(_pool_gradients_kernel, plan, (sums, moments, joint, *_dense(*parameters[:3]), shared))
+    return shared
+
+
+def gradients(
+    sums: Tensor,
+    moments: Tensor,
+    joint: Tensor,
+    size: int,
+    shared: 'Tensor | None',
+    parameters: Parameters,
+    setting: Setting,
+) -> 'tuple[Tensor, Tensor]':
+    """See :func:`..algebra.gradients`."""
+    _, n, c = moments.shape
+    if max(n, c) > _LONGEST:
+        return algebra.gradients(sums, moments, joint, size, shared, parameters, setting)
+    dtype, device = moments.dtype, moments.device
+    out = torch.empty((3, n, c), dtype=dtype, device=device)
+    small = torch.empty(2 * (c + len(setting.normalizers)), dtype=dtype, device=device)
+    plans = _plans(n, c, setting)
+    rows = None if len(plans) == 1 else torch.empty((6, n), dtype=torch.float64, device=device)
+    tensors = sums, moments, joint, shared, *_dense(*parameters[:3]), out, small, rows
     for plan in plans:
-        launch(_forward, plan, *given, a, s, rows, EPS=eps, FROZEN=count is None, **_places(normalizers))
-    return a, s, (mean_in, var_in, mean_bn, var_bn), count
+        launch(_gradients_kernel, plan, tensors, size)
+    return out, small
 
 
-def backward(
-    sum_dy, sum_dyx, saved, mean_weight, var_weight, weight, normalizers, eps, size, count, group
-) -> 'tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]':
-    """Coefficients of the backward pass, and the gradients of everything small: see :func:`..algebra.backward`."""
-    mean_in = saved[0]
-    if not _fits(mean_in, size, group):
-        return algebra.backward(
-            sum_dy, sum_dyx, saved, mean_weight, var_weight, weight, normalizers, eps, size, count, group
-        )
-    (n, c), k, dtype, device = mean_in.shape, len(normalizers), mean_in.dtype, mean_in.device
-    a, b1, b0 = torch.empty((3, n, c), dtype=dtype, device=device).unbind()
-    dweight, dbias, *dlogits = torch.empty(2 * (c + k), dtype=dtype, device=device).split([c, c, k, k])
-    plans = _plans(n, c)
-    rows = None if len(plans) == 1 else torch.empty((8, n), dtype=torch.float64, device=device)
-    given = _dense(sum_dy, sum_dyx, *saved, mean_weight, var_weight, weight)
-    for plan in plans:
-        launch(
-            _backward, plan, *given, a, b1, b0, *dlogits, dweight, dbias, rows, S=size,
-            EPS=eps, FROZEN=count is None, **_places(normalizers),
-        )  # fmt: skip
-    return a, b1, b0, *dlogits, dweight, dbias
-
-
-class Plan(NamedTuple):
-    """How many programs of a kernel to start, and those of its arguments that follow from sizes."""
-
-    programs: int
-    arguments: dict
-
-
-def launch(kernel, plan: Plan, *args, **kwargs) -> None:
-    """Run a kernel on the device of its first argument, which need not be the current one.
-
-    Multiplications and additions may be fused, whatever Triton's default: the passes are bound by memory, and repeat
-    bit for bit either way.
-    """
-    device = args[0].device
-    if device.type == 'cuda' and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[(plan.programs,)](*args, **kwargs, **plan.arguments, enable_fp_fusion=True)
-    else:
-        kernel[(plan.programs,)](*args, **kwargs, **plan.arguments, enable_fp_fusion=True)
-
-
-def _fits(mean_in: Tensor, size: int, group) -> bool:
-    return group is None and size > 0 and 0 < mean_in.numel() and max(mean_in.shape) <= _LONGEST
+def _can_move(statistics: Statistics, moments: Tensor) -> bool:
+    """Whether the kernel does; its numbers are float32, and a program may not read what another one counts."""
+    mean, var, tracked, momentum = statistics
+    return (
+        momentum is not None
+        and moments.dtype == torch.float32
+        and mean.is_contiguous()
+        and var.is_contiguous()
+        and (tracked is None or (tracked.dtype == torch.int64 and tracked.device == mean.device))
+    )
 
 
 def _dense(*tensors: 'Tensor | None') -> 'list[Tensor | None]':
-    return [None if t is None else t.contiguous() for t in tensors]
+    return [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
 
 
 @functools.lru_cache(4096)
-def _plans(n: int, c: int) -> 'list[Plan]':
+def _plans(n: int, c: int, setting: Setting, by_column: bool = False) -> 'list[Plan]':
     rows, columns = triton.next_power_of_2(n), triton.next_power_of_2(c)
-    if rows * columns <= _ALONE:
-        return [_plan('all', n, c, 1, rows, columns)]
     few_rows = max(1, 1024 // columns)
     few_columns = min(max(8, 1024 // rows), max(1, 4096 // rows))  # 8 floats are read at once
-    return [
-        _plan('by row', n, c, triton.cdiv(n, few_rows), few_rows, columns),
-        _plan('by column', n, c, triton.cdiv(c, few_columns), rows, few_columns),
-    ]
+    column = _plan('by column', n, c, triton.cdiv(c, few_columns), rows, few_columns, setting)
+    if by_column:
+        return [column]
+    if rows * columns <= _ALONE:
+        return [_plan('all', n, c, 1, rows, columns, setting)]
+    return [_plan('by row', n, c, triton.cdiv(n, few_rows), few_rows, columns, setting), column]
 
 
-def _plan(part, n: int, c: int, programs: int, rows: int, columns: int) -> Plan:
-    warps = min(max(rows * columns // 256, 1), 16)
-    return Plan(programs, dict(N=n, C=c, PART=part, ROWS=rows, COLUMNS=columns, num_warps=warps))
+def _plan(part, n: int, c: int, programs: int, rows: int, columns: int, setting: Setting) -> Plan:
+    names = setting.normalizers
+    places = {name.upper(): names.index(name) if name in names else -1 for name in NORMALIZERS}
+    return Plan(
+        programs, _warps(rows * columns), N=n, C=c, EPS=float(setting.eps), FROZEN=bool(setting.frozen), **places,
+        PART=part, ROWS=rows, COLUMNS=columns,
+    )  # fmt: skip
 
 
-@functools.lru_cache(None)
-def _places(normalizers: 'tuple[str, ...]') -> dict:
-    """Where the logits of each normalizer stand, -1 for those that take no part."""
-    return {name.upper(): normalizers.index(name) if name in normalizers else -1 for name in NORMALIZERS}
+@functools.lru_cache(4096)
+def _column_plan(n: int, c: int) -> Plan:
+    plan = _plans(n, c, Setting(NORMALIZERS, 0.0, False), by_column=True)[0]
+    sizes = {name: plan.arguments[name] for name in ('N', 'C', 'ROWS', 'COLUMNS')}
+    return Plan(plan.programs, plan.num_warps, **sizes)
+
+
+def _warps(elements: int) -> int:
+    return min(max(elements // 256, 1), 16)
 
 
 # Below, what is one a row or one a column of a tile keeps the other axis, at size 1.
 
 
-@triton.jit(do_not_specialize=['N', 'C'])
-def _forward(
-    mean_ptr,  # (N, C)
-    var_ptr,  # (N, C)
-    mean_bn_ptr,  # (C,), read where FROZEN and else written; None without BN
-    var_bn_ptr,  # (C,), likewise
+@triton.jit(do_not_specialize=['S', 'N', 'C'])
+def _pool_kernel(
+    moments_ptr,  # (2, N, C)
+    shared_ptr,  # (2C + 1,), written: S times the sums of means and of mean squares, and the number of pixels
+    S,
+    N,
+    C,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    n, c, at, inside = _tile(N, C, 'by column', ROWS, COLUMNS)
+    mean, var = _load(moments_ptr, at, inside).to(tl.float64), _load(moments_ptr + N * C, at, inside).to(tl.float64)
+    tl.store(shared_ptr + c, tl.sum(mean, 0, keep_dims=True) * S, mask=c < C)
+    tl.store(shared_ptr + C + c, tl.sum(var + mean * mean, 0, keep_dims=True) * S, mask=c < C)
+    if tl.program_id(0) == 0:
+        tl.store(shared_ptr + 2 * C, N.to(tl.float64) * S)
+
+
+@triton.jit(do_not_specialize=['S', 'momentum', 'N', 'C'])
+def _coefficients_kernel(
+    moments_ptr,  # (2, N, C)
+    shared_ptr,  # (2C + 1,), or None
     mean_weight_ptr,  # (K,)
     var_weight_ptr,  # (K,)
     weight_ptr,  # (C,) or None
     bias_ptr,  # (C,) or None
-    a_ptr,  # (N, C), written
-    s_ptr,  # (N, C), written
-    rows_ptr,  # (2, N), written by row and read by column; None where one launch does all
+    running_mean_ptr,  # (C,), or None; read where FROZEN, else moved
+    running_var_ptr,  # (C,), likewise
+    tracked_ptr,  # (), likewise
+    out_ptr,  # (2, N, C), written: a and s
+    joint_ptr,  # (2N + 2C + 1,), written; LN's part by row, and then read by column
+    S,
+    momentum,
     N,
     C,
     EPS: tl.constexpr,
@@ -153,47 +194,72 @@ def _forward(
     COLUMNS: tl.constexpr,
 ):
     n, c, at, inside = _tile(N, C, PART, ROWS, COLUMNS)
-    mean, var = _load(mean_ptr, at, inside), _load(var_ptr, at, inside)
-    mean_ln, var_ln = _ln_moments(mean, var, inside, rows_ptr, n, N, LN, PART)
+    mean, var = _load(moments_ptr, at, inside), _load(moments_ptr + N * C, at, inside)
+    if PART != 'by column':  # without LN the IN moments stand in, whose ratio is 0
+        if LN >= 0:
+            mean_ln, var_ln = pool_moments(mean, var, inside, 1)
+            tl.store(joint_ptr + n, mean_ln, mask=n < N)
+            tl.store(joint_ptr + N + n, var_ln, mask=n < N)
     if PART != 'by row':
-        if FROZEN:
-            mean_bn, var_bn = _bn_moments(mean, var, mean_bn_ptr, var_bn_ptr, c, C)
-        else:
-            mean_bn, var_bn = pool(mean, var, inside, 0)
-            tl.store(mean_bn_ptr + c, mean_bn, mask=c < C)
-            tl.store(var_bn_ptr + c, var_bn, mask=c < C)
+        count = N.to(tl.float64) * S
+        bn_ptr = joint_ptr + 2 * N + c
+        if BN >= 0:
+            if FROZEN:
+                mean_bn = _load(running_mean_ptr, c, c < C).to(tl.float64)
+                var_bn = _load(running_var_ptr, c, c < C).to(tl.float64)
+            elif shared_ptr is not None:
+                count = tl.load(shared_ptr + 2 * C)
+                mean_bn = _load(shared_ptr, c, c < C) / count
+                var_bn = _load(shared_ptr + C, c, c < C) / count - mean_bn * mean_bn
+                var_bn = tl.where(var_bn < 0, 0.0, var_bn)
+            else:
+                mean_bn, var_bn_ = pool_moments(mean, var, inside, 0)
+                var_bn = var_bn_.to(tl.float64)
+            tl.store(bn_ptr, mean_bn, mask=c < C)
+            tl.store(bn_ptr + C, var_bn, mask=c < C)
+            if not FROZEN:
+                if running_mean_ptr is not None:
+                    _move(running_mean_ptr, mean_bn, momentum, c, C)
+                    _move(running_var_ptr, var_bn * (count / tl.where(count > 1, count - 1, 1.0)), momentum, c, C)
+        if tl.program_id(0) == 0:
+            tl.store(joint_ptr + 2 * N + 2 * C, count)
+            if tracked_ptr is not None:
+                tl.store(tracked_ptr, tl.load(tracked_ptr) + 1)
+        if LN < 0:
+            mean_ln, var_ln = mean, var
+        elif PART == 'by column':
+            mean_ln, var_ln = _load(joint_ptr, n, n < N), _load(joint_ptr + N, n, n < N).to(var.dtype)
+        if BN < 0:
+            mean_bn, var_bn = mean, var
         w, v = _ratios(mean_weight_ptr, var.dtype, IN, LN, BN), _ratios(var_weight_ptr, var.dtype, IN, LN, BN)
         _, _, shift, rstd = _blend(mean, var, mean_ln, var_ln, mean_bn, var_bn, w, v, EPS, IN, LN, BN)
         a, s = rstd, -shift * rstd
         if weight_ptr is not None:
             a = _load(weight_ptr, c, c < C).to(var.dtype) * rstd
             s = _load(bias_ptr, c, c < C).to(var.dtype) - shift * a
-        tl.store(a_ptr + at, a, mask=inside)
-        tl.store(s_ptr + at, s, mask=inside)
+        tl.store(out_ptr + at, a, mask=inside)
+        tl.store(out_ptr + N * C + at, s, mask=inside)
 
 
-@triton.jit(do_not_specialize=['N', 'C', 'S'])
-def _backward(
-    sum_dy_ptr,  # (N, C)
-    sum_dyx_ptr,  # (N, C)
-    mean_ptr,  # (N, C)
-    var_ptr,  # (N, C)
-    mean_bn_ptr,  # (C,), or None without BN
-    var_bn_ptr,  # (C,), likewise
+@triton.jit
+def _move(running_ptr, new, momentum, c, C):
+    """As torch's lerp, which arrives where momentum is 1."""
+    old, new = _load(running_ptr, c, c < C).to(tl.float32), new.to(tl.float32)
+    moved = tl.where(momentum < 0.5, old + momentum * (new - old), new - (new - old) * (1 - momentum))
+    tl.store(running_ptr + c, moved, mask=c < C)
+
+
+@triton.jit(do_not_specialize=['N', 'C'])
+def _pool_gradients_kernel(
+    sums_ptr,  # (2, N, C)
+    moments_ptr,  # (2, N, C)
+    joint_ptr,  # (2N + 2C + 1,)
     mean_weight_ptr,  # (K,)
     var_weight_ptr,  # (K,)
     weight_ptr,  # (C,) or None
-    a_ptr,  # (N, C), written
-    b1_ptr,  # (N, C), written
-    b0_ptr,  # (N, C), written
-    dmean_weight_ptr,  # (K,), written
-    dvar_weight_ptr,  # (K,), written
-    dweight_ptr,  # (C,), written
-    dbias_ptr,  # (C,), written
-    rows_ptr,  # (8, N), written by row and read by column; None where one launch does all
+    shared_ptr,  # (2C,), written: sums of dmean and of dvar
     N,
     C,
-    S,
     EPS: tl.constexpr,
     FROZEN: tl.constexpr,
     IN: tl.constexpr,
@@ -204,47 +270,104 @@ def _backward(
     COLUMNS: tl.constexpr,
 ):
     n, c, at, inside = _tile(N, C, PART, ROWS, COLUMNS)
-    mean, var = _load(mean_ptr, at, inside), _load(var_ptr, at, inside)
-    sum_dy, sum_dyx = _load(sum_dy_ptr, at, inside), _load(sum_dyx_ptr, at, inside)
-    mean_ln, var_ln = _ln_moments(mean, var, inside, rows_ptr, n, N, LN, PART)
-    mean_bn, var_bn = _bn_moments(mean, var, mean_bn_ptr, var_bn_ptr, c, C)
+    mean, var = _load(moments_ptr, at, inside), _load(moments_ptr + N * C, at, inside)
+    mean_ln, var_ln, mean_bn, var_bn = _joint(mean, var, joint_ptr, n, c, N, C, LN, BN)
+    w, v = _ratios(mean_weight_ptr, var.dtype, IN, LN, BN), _ratios(var_weight_ptr, var.dtype, IN, LN, BN)
+    _, _, shift, rstd = _blend(mean, var, mean_ln, var_ln, mean_bn, var_bn, w, v, EPS, IN, LN, BN)
+    _, _, _, dmean, dvar = _blend_backward(sums_ptr, weight_ptr, shift, rstd, at, inside, c, N, C)
+    tl.store(shared_ptr + c, tl.sum(dmean.to(tl.float64), 0, keep_dims=True), mask=c < C)
+    tl.store(shared_ptr + C + c, tl.sum(dvar.to(tl.float64), 0, keep_dims=True), mask=c < C)
+
+
+@triton.jit(do_not_specialize=['S', 'N', 'C'])
+def _gradients_kernel(
+    sums_ptr,  # (2, N, C)
+    moments_ptr,  # (2, N, C)
+    joint_ptr,  # (2N + 2C + 1,)
+    shared_ptr,  # (2C,), or None
+    mean_weight_ptr,  # (K,)
+    var_weight_ptr,  # (K,)
+    weight_ptr,  # (C,) or None
+    out_ptr,  # (3, N, C), written: b1, b0 and a
+    small_ptr,  # (2C + 2K,), written: gradients of weight, bias, mean_weight and var_weight
+    rows_ptr,  # (6, N), written by row and read by column; None where one launch does all
+    S,
+    N,
+    C,
+    EPS: tl.constexpr,
+    FROZEN: tl.constexpr,
+    IN: tl.constexpr,
+    LN: tl.constexpr,
+    BN: tl.constexpr,
+    PART: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    n, c, at, inside = _tile(N, C, PART, ROWS, COLUMNS)
+    mean, var = _load(moments_ptr, at, inside), _load(moments_ptr + N * C, at, inside)
+    mean_ln, var_ln, mean_bn, var_bn = _joint(mean, var, joint_ptr, n, c, N, C, LN, BN)
     w, v = _ratios(mean_weight_ptr, var.dtype, IN, LN, BN), _ratios(var_weight_ptr, var.dtype, IN, LN, BN)
     shift_ln, shift_bn, shift, rstd = _blend(mean, var, mean_ln, var_ln, mean_bn, var_bn, w, v, EPS, IN, LN, BN)
-    a = rstd if weight_ptr is None else _load(weight_ptr, c, c < C).to(var.dtype) * rstd
-
-    # Gradient w.r.t. the blended moments, 0 outside the tensor
-    sum_dyxhat = (sum_dyx - shift * sum_dy) * rstd
-    dmean = tl.where(inside, -a * sum_dy, 0.0)
-    dvar = tl.where(inside, -0.5 * a * rstd * sum_dyxhat, 0.0)
+    sum_dy, sum_dyxhat, a, dmean, dvar = _blend_backward(sums_ptr, weight_ptr, shift, rstd, at, inside, c, N, C)
 
     # Sums over rows: for the gradients w.r.t. the LN moments, and w.r.t. the ratios
-    dmean_ln = _entry(w, LN) * _row_sum(dmean, rows_ptr, 2, n, N, PART) / C
-    sum_dvar = _row_sum(dvar, rows_ptr, 3, n, N, PART)
+    dmean_ln = _entry(w, LN) * _row_sum(dmean, rows_ptr, 0, n, N, PART) / C
+    sum_dvar = _row_sum(dvar, rows_ptr, 1, n, N, PART)
     dvar_ln = _entry(v, LN) * sum_dvar / C
-    dw_ln = _row_sum(dmean * shift_ln, rows_ptr, 4, n, N, PART)
-    dw_bn = _row_sum(dmean * shift_bn, rows_ptr, 5, n, N, PART)
-    dv_in = _row_sum(dvar * var, rows_ptr, 6, n, N, PART)
+    dw_ln = _row_sum(dmean * shift_ln, rows_ptr, 2, n, N, PART)
+    dw_bn = _row_sum(dmean * shift_bn, rows_ptr, 3, n, N, PART)
+    dv_in = _row_sum(dvar * var, rows_ptr, 4, n, N, PART)
     dv_ln = var_ln * sum_dvar
-    dv_bn = _row_sum(dvar * var_bn, rows_ptr, 7, n, N, PART)
+    dv_bn = _row_sum(dvar * var_bn, rows_ptr, 5, n, N, PART)
 
     if PART != 'by row':
         dmean_in = _entry(w, IN) * dmean + dmean_ln - 2 * dvar_ln * shift_ln
         dvar_in = _entry(v, IN) * dvar + dvar_ln
-        if not FROZEN:
-            dmean_bn = _entry(w, BN) * tl.sum(dmean, 0, keep_dims=True) / N
-            dvar_bn = _entry(v, BN) * tl.sum(dvar, 0, keep_dims=True) / N
+        if BN >= 0 and not FROZEN:
+            if shared_ptr is not None:
+                dmean_bn = _load(shared_ptr, c, c < C).to(var.dtype)
+                dvar_bn = _load(shared_ptr + C, c, c < C).to(var.dtype)
+            else:
+                dmean_bn, dvar_bn = tl.sum(dmean, 0, keep_dims=True), tl.sum(dvar, 0, keep_dims=True)
+            share = (S / tl.load(joint_ptr + 2 * N + 2 * C)).to(var.dtype)  # of a map in the pixels of its channel
+            dmean_bn, dvar_bn = _entry(w, BN) * share * dmean_bn, _entry(v, BN) * share * dvar_bn
             dmean_in += dmean_bn - 2 * dvar_bn * shift_bn
             dvar_in += dvar_bn
-        tl.store(a_ptr + at, a, mask=inside)
-        tl.store(b1_ptr + at, dvar_in * 2 / S, mask=inside)
-        tl.store(b0_ptr + at, dmean_in / S, mask=inside)
+        tl.store(out_ptr + at, dvar_in * 2 / S, mask=inside)
+        tl.store(out_ptr + N * C + at, dmean_in / S, mask=inside)
+        tl.store(out_ptr + 2 * N * C + at, a, mask=inside)
 
         # Gradient w.r.t. weight and bias, and w.r.t. the logits
-        tl.store(dweight_ptr + c, tl.sum(tl.where(inside, sum_dyxhat, 0.0), 0, keep_dims=True), mask=c < C)
-        tl.store(dbias_ptr + c, tl.sum(sum_dy, 0, keep_dims=True), mask=c < C)
+        tl.store(small_ptr + c, tl.sum(tl.where(inside, sum_dyxhat, 0.0), 0, keep_dims=True), mask=c < C)
+        tl.store(small_ptr + C + c, tl.sum(sum_dy, 0, keep_dims=True), mask=c < C)
         if tl.program_id(0) == 0:
-            _softmax_backward(dmean_weight_ptr, w, 0.0, tl.sum(dw_ln), tl.sum(dw_bn), IN, LN, BN)
-            _softmax_backward(dvar_weight_ptr, v, tl.sum(dv_in), tl.sum(dv_ln), tl.sum(dv_bn), IN, LN, BN)
+            logits_ptr = small_ptr + 2 * C
+            _softmax_backward(logits_ptr, w, 0.0, tl.sum(dw_ln), tl.sum(dw_bn), IN, LN, BN)
+            logits_ptr += (IN >= 0) + (LN >= 0) + (BN >= 0)
+            _softmax_backward(logits_ptr, v, tl.sum(dv_in), tl.sum(dv_ln), tl.sum(dv_bn), IN, LN, BN)
+
+
+@triton.jit
+def _blend_backward(sums_ptr, weight_ptr, shift, rstd, at, inside, c, N, C):
+    """Sums of dy and dy * xhat; a; and the gradients w.r.t. the blended moments, 0 outside the tensor."""
+    sum_dy, sum_dyx = _load(sums_ptr, at, inside), _load(sums_ptr + N * C, at, inside)
+    a = rstd if weight_ptr is None else _load(weight_ptr, c, c < C).to(rstd.dtype) * rstd
+    sum_dyxhat = (sum_dyx - shift * sum_dy) * rstd
+    dmean = tl.where(inside, -a * sum_dy, 0.0)
+    dvar = tl.where(inside, -0.5 * a * rstd * sum_dyxhat, 0.0)
+    return sum_dy, sum_dyxhat, a, dmean, dvar
+
+
+@triton.jit
+def _joint(mean, var, joint_ptr, n, c, N, C, LN: tl.constexpr, BN: tl.constexpr):
+    """Moments of LN and BN; the IN moments stand in for what takes no part, whose ratio is 0."""
+    mean_ln, var_ln, mean_bn, var_bn = mean, var, mean, var
+    if LN >= 0:
+        mean_ln, var_ln = _load(joint_ptr, n, n < N), _load(joint_ptr + N, n, n < N).to(var.dtype)
+    if BN >= 0:
+        bn_ptr = joint_ptr + 2 * N
+        mean_bn, var_bn = _load(bn_ptr, c, c < C), _load(bn_ptr + C, c, c < C).to(var.dtype)
+    return mean_ln, var_ln, mean_bn, var_bn
 
 
 @triton.jit
@@ -264,7 +387,7 @@ def _load(ptr, at, inside):
 
 
 @triton.jit
-def pool(mean, var, weight, axis: tl.constexpr):
+def pool_moments(mean, var, weight, axis: tl.constexpr):
     """Joint mean (float64) and variance of sets that weigh ``weight``, by the law of total variance.
 
     Summing in float64 keeps the distances from the joint mean exact where the means are large.
@@ -278,21 +401,6 @@ def pool(mean, var, weight, axis: tl.constexpr):
 
 
 @triton.jit
-def _ln_moments(mean, var, inside, rows_ptr, n, N, LN: tl.constexpr, PART: tl.constexpr):
-    """LN moments, from here or from the launch by row. Without LN, whose ratio is 0, the IN moments stand in."""
-    if LN < 0:
-        mean_ln, var_ln = mean, var
-    elif PART == 'by column':
-        mean_ln, var_ln = _load(rows_ptr, n, n < N), _load(rows_ptr + N, n, n < N).to(var.dtype)
-    else:
-        mean_ln, var_ln = pool(mean, var, inside, 1)
-        if PART == 'by row':
-            tl.store(rows_ptr + n, mean_ln, mask=n < N)
-            tl.store(rows_ptr + N + n, var_ln, mask=n < N)
-    return mean_ln, var_ln
-
-
-@triton.jit
 def _row_sum(x, rows_ptr, i: tl.constexpr, n, N, PART: tl.constexpr):
     """Sum over channels, here or in the launch by row, which keeps it in row i of ``rows``."""
     if PART == 'by column':
@@ -302,15 +410,6 @@ def _row_sum(x, rows_ptr, i: tl.constexpr, n, N, PART: tl.constexpr):
         if PART == 'by row':
             tl.store(rows_ptr + i * N + n, total, mask=n < N)
     return total
-
-
-@triton.jit
-def _bn_moments(mean, var, mean_bn_ptr, var_bn_ptr, c, C):
-    """Known BN moments. Without BN the IN moments stand in."""
-    if mean_bn_ptr is not None:
-        mean = _load(mean_bn_ptr, c, c < C).to(tl.float64)
-        var = _load(var_bn_ptr, c, c < C).to(var.dtype)
-    return mean, var
 
 
 @triton.jit
@@ -346,7 +445,7 @@ def _blend(
     """Distances of the LN, the BN and the blended mean from the IN mean, and 1 / sqrt(blended variance + eps)."""
     shift_ln, shift_bn = (mean_ln - mean).to(var.dtype), (mean_bn - mean).to(var.dtype)
     shift = _entry(w, LN) * shift_ln + _entry(w, BN) * shift_bn
-    blended = _entry(v, IN) * var + _entry(v, LN) * var_ln + _entry(v, BN) * var_bn
+    blended = _entry(v, IN) * var + _entry(v, LN) * var_ln + _entry(v, BN) * var_bn.to(var.dtype)
     return shift_ln, shift_bn, shift, tl.rsqrt(blended + EPS)
 
 

@@ -15,15 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ...formula import moments_dtype
-from . import algebra  # noqa: F401  (part of a backend's interface)
-from .algebra import VERSION, Plan, launch, pool
+from .algebra import pool_moments
+from .launch import INTERPRETED, VERSION, Plan, launch
 
 
 def lacks(device: torch.device, dtype: torch.dtype) -> 'str | None':
     """What the kernels miss there, if anything; under TRITON_INTERPRET=1 they run on any device."""
     if dtype == torch.float64 and VERSION < (3, 2):
         return f'for float64 they need Triton 3.2 or newer, which comes with torch 2.6; this is {triton.__version__}'
-    if not isinstance(pool, triton.JITFunction):
+    if INTERPRETED:
         return None
     if device.type != 'cuda':
         return f'they need a CUDA device, or TRITON_INTERPRET=1 from the start, which interprets them; this is {device}'
@@ -32,42 +32,42 @@ def lacks(device: torch.device, dtype: torch.dtype) -> 'str | None':
     return None
 
 
-def moments(x: Tensor) -> 'tuple[Tensor, Tensor]':
-    """Pass 1: mean and biased variance of each map."""
+def moments(x: Tensor) -> Tensor:
+    """Pass 1: means and biased variances of the maps."""
     plan = reduction_plan(*_sizes(x))
-    n, c, parts = *x.shape[:2], plan.arguments['parts']
-    mean, var = x.new_empty((2, n, c), dtype=moments_dtype(x.dtype)).unbind()
+    n, c, parts = x.shape[0], x.shape[1], plan.arguments['parts']
+    out = torch.empty((2, n, c), dtype=moments_dtype(x.dtype), device=x.device)
     if parts == 1:
-        launch(_moments_kernel, plan, x, mean, var)
+        launch(_moments_kernel, plan, (x, out, out))
     else:
-        # means of parts in float64: rounding them would be felt in the variance that is between them
-        part_mean, part_var = (x.new_empty((n, c, parts), dtype=d) for d in (torch.float64, var.dtype))
-        launch(_moments_kernel, plan, x, part_mean, part_var)
-        launch(_join_kernel, joining_plan(plan, n * c), part_mean, part_var, mean, var)
-    return mean, var
+        # of parts in float64: rounding their means would be felt in the variance that is between them
+        of_parts = torch.empty((2, n, c, parts), dtype=torch.float64, device=x.device)
+        launch(_moments_kernel, plan, (x, of_parts, out))
+        launch(_join_kernel, plan.joining, (of_parts, out))
+    return out
 
 
-def affine(x: Tensor, mean: Tensor, a: Tensor, s: Tensor) -> Tensor:
+def affine(x: Tensor, moments: Tensor, coefficients: Tensor) -> Tensor:
     """Pass 2: ``a*(x - mean) + s``."""
     y = torch.empty_like(x)
-    launch(_combine_kernel, map_plan(*_sizes(x)), x, mean.contiguous(), a.contiguous(), s.contiguous(), None, None, y)
+    launch(_combine_kernel, map_plan(*_sizes(x)), (x, moments, coefficients, None, y))
     return y
 
 
-def reduce(dy: Tensor, x: Tensor, mean: Tensor) -> 'tuple[Tensor, Tensor]':
-    """Pass 3: sum of dy and sum of dy * (x - mean) over each map."""
+def reduce(dy: Tensor, x: Tensor, moments: Tensor) -> Tensor:
+    """Pass 3: sums of dy and of dy * (x - mean) over the maps."""
     plan = reduction_plan(*_sizes(x))
     parts = plan.arguments['parts']
-    sums = mean.new_empty((2, *mean.shape, parts))
-    launch(_reduce_kernel, plan, dy, x, mean.contiguous(), *sums.unbind())
-    return (sums.sum(-1) if parts > 1 else sums[..., 0]).unbind()
+    shape = moments.shape if parts == 1 else (*moments.shape, parts)
+    sums = torch.empty(shape, dtype=moments.dtype, device=x.device)
+    launch(_reduce_kernel, plan, (dy, x, moments, sums))
+    return sums if parts == 1 else sums.sum(-1)
 
 
-def combine(dy: Tensor, x: Tensor, mean: Tensor, a: Tensor, b1: Tensor, b0: Tensor) -> Tensor:
-    """Pass 4: ``a*dy + b1*(x - mean) + b0``."""
+def combine(dy: Tensor, x: Tensor, moments: Tensor, coefficients: Tensor) -> Tensor:
+    """Pass 4: ``b1*(x - mean) + b0 + a*dy``."""
     dx = torch.empty_like(x)
-    mean, a, b1, b0 = mean.contiguous(), a.contiguous(), b1.contiguous(), b0.contiguous()
-    launch(_combine_kernel, map_plan(*_sizes(x)), x, mean, b1, b0, dy, a, dx)
+    launch(_combine_kernel, map_plan(*_sizes(x)), (x, moments, coefficients, dy, dx))
     return dx
 
 
@@ -75,7 +75,8 @@ def combine(dy: Tensor, x: Tensor, mean: Tensor, a: Tensor, b1: Tensor, b0: Tens
 
 
 def _sizes(x: Tensor) -> tuple:
-    return *x.shape, not x.is_contiguous(), x.element_size(), _processors(x.device)
+    n, c = x.shape[:2]
+    return n, c, x.numel() // (n * c), not x.is_contiguous(), x.element_size(), _processors(x.device)
 
 
 @functools.lru_cache(None)
@@ -118,14 +119,14 @@ def map_plan(n: int, c: int, size: int, channels_last: bool, itemsize: int, proc
     return _plan(n, c, size, channels_last, itemsize, rows, pixels, 1)
 
 
-def joining_plan(plan: Plan, maps: int) -> Plan:
+def _joining_plan(plan: Plan, maps: int) -> Plan:
     """Programs that join the moments of the parts of ``maps`` maps."""
-    parts = plan.arguments['parts']
+    size, parts, pixels = (plan.arguments[name] for name in ('size', 'parts', 'PIXELS'))
     width = triton.next_power_of_2(parts)
     rows = min(triton.next_power_of_2(maps), max(1, 512 // width))
-    pixels = plan.arguments['tiles'] * plan.arguments['PIXELS']
-    sizes = dict(maps=maps, size=plan.arguments['size'], parts=parts, pixels=pixels)
-    return Plan(triton.cdiv(maps, rows), dict(sizes, ROWS=rows, PARTS=width, num_warps=_warps(rows * width)))
+    pixels *= plan.arguments['tiles']
+    sizes = dict(maps=maps, size=size, parts=parts, pixels=pixels, ROWS=rows, PARTS=width)
+    return Plan(triton.cdiv(maps, rows), _warps(rows * width), **sizes)
 
 
 def _plan(n: int, c: int, size: int, channels_last: bool, itemsize: int, rows: int, pixels: int, tiles: int) -> Plan:
@@ -133,14 +134,13 @@ def _plan(n: int, c: int, size: int, channels_last: bool, itemsize: int, rows: i
     groups, length, stride = (n, c, c) if channels_last else (1, n * c, size)
     parts = triton.cdiv(size, tiles * pixels)
     vector = min(stride & -stride, 16 // itemsize)  # elements that every row starts a multiple of
-    return Plan(
-        groups * triton.cdiv(length, rows) * parts,
-        dict(
-            length=length, size=size, parts=parts, tiles=tiles,
-            ROWS=rows, PIXELS=pixels, VECTOR=vector, CHANNELS_LAST=channels_last,
-            num_warps=_warps(rows * pixels),
-        ),
+    plan = Plan(
+        groups * triton.cdiv(length, rows) * parts, _warps(rows * pixels),
+        maps=n * c, length=length, size=size, parts=parts, tiles=tiles,
+        ROWS=rows, PIXELS=pixels, VECTOR=vector, CHANNELS_LAST=channels_last,
     )  # fmt: skip
+    plan.joining = _joining_plan(plan, n * c)
+    return plan
 
 
 def _warps(elements: int) -> int:
@@ -154,11 +154,12 @@ def _power_of_2_up_to(number: int) -> int:
 # Kernels. A block is up to ROWS of ``length`` maps: of all N*C maps or, channels last, of the C maps of one sample.
 
 
-@triton.jit(do_not_specialize=['length', 'size', 'parts', 'tiles'])
+@triton.jit(do_not_specialize=['maps', 'length', 'size', 'parts', 'tiles'])
 def _moments_kernel(
     x_ptr,  # (N, C, S)
-    mean_ptr,  # (N, C, parts), written
-    var_ptr,  # (N, C, parts), written
+    out_ptr,  # (2, N, C, parts), written
+    like_ptr,  # in whose dtype is computed
+    maps,  # N * C
     length,
     size,
     parts,
@@ -173,31 +174,30 @@ def _moments_kernel(
     Sums are taken of x - anchor, the anchor being the mean of the part's first tile. As it lies among the data, the
     cancellation in E[(x - anchor)^2] - E[x - anchor]^2 loses a factor of the number of tiles at most.
     """
-    start, maps, exist, part = _block(length, size, parts, ROWS, VECTOR, CHANNELS_LAST)
+    start, place, exist, part = _block(length, size, parts, ROWS, VECTOR, CHANNELS_LAST)
     first, last, count = _part(part, size, tiles, PIXELS)
     at, inside = _tile(first, start, length, size, exist, ROWS, PIXELS, VECTOR, CHANNELS_LAST)
-    x = _load(x_ptr, at, inside, var_ptr)
+    x = _load(x_ptr, at, inside, like_ptr)
     anchor = tl.sum(x, 1) / tl.minimum(count, PIXELS)
     sums = tl.where(inside, x - anchor[:, None], 0.0)
     squares = sums * sums
     for i in range(first + 1, last):
         at, inside = _tile(i, start, length, size, exist, ROWS, PIXELS, VECTOR, CHANNELS_LAST)
-        distance = tl.where(inside, _load(x_ptr, at, inside, var_ptr) - anchor[:, None], 0.0)
+        distance = tl.where(inside, _load(x_ptr, at, inside, like_ptr) - anchor[:, None], 0.0)
         sums += distance
         squares += distance * distance
     shift = tl.sum(sums, 1) / count
     var = tl.sum(squares, 1) / count - shift * shift
-    tl.store(mean_ptr + maps * parts + part, anchor.to(mean_ptr.dtype.element_ty) + shift, mask=exist)
-    tl.store(var_ptr + maps * parts + part, tl.where(var < 0, 0.0, var), mask=exist)  # maximum() would swallow NaN
+    mean_ptr = out_ptr + place * parts + part
+    tl.store(mean_ptr, anchor.to(out_ptr.dtype.element_ty) + shift, mask=exist)
+    tl.store(mean_ptr + maps.to(tl.int64) * parts, tl.where(var < 0, 0.0, var), mask=exist)  # maximum() swallows NaN
 
 
 @triton.jit(do_not_specialize=['maps', 'size', 'parts', 'pixels'])
 def _join_kernel(
-    part_mean_ptr,  # (maps, parts), float64
-    part_var_ptr,  # (maps, parts)
-    mean_ptr,  # (maps,), written
-    var_ptr,  # (maps,), written
-    maps,
+    parts_ptr,  # (2, N, C, parts), float64
+    out_ptr,  # (2, N, C), written
+    maps,  # N * C
     size,
     parts,
     pixels,
@@ -208,20 +208,20 @@ def _join_kernel(
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     part = tl.arange(0, PARTS)[None, :].to(tl.int64)
     inside = (row < maps) & (part < parts)
-    mean = tl.load(part_mean_ptr + row * parts + part, mask=inside, other=0.0)
-    var = tl.load(part_var_ptr + row * parts + part, mask=inside, other=0.0)
-    mean, var = pool(mean, var, tl.where(inside, tl.minimum(size - part * pixels, pixels), 0), 1)
-    tl.store(mean_ptr + row, mean, mask=row < maps)
-    tl.store(var_ptr + row, var, mask=row < maps)
+    mean = tl.load(parts_ptr + row * parts + part, mask=inside, other=0.0)
+    var = tl.load(parts_ptr + (row + maps) * parts + part, mask=inside, other=0.0)
+    mean, var = pool_moments(mean, var, tl.where(inside, tl.minimum(size - part * pixels, pixels), 0), 1)
+    tl.store(out_ptr + row, mean, mask=row < maps)
+    tl.store(out_ptr + maps + row, var, mask=row < maps)
 
 
-@triton.jit(do_not_specialize=['length', 'size', 'parts', 'tiles'])
+@triton.jit(do_not_specialize=['maps', 'length', 'size', 'parts', 'tiles'])
 def _reduce_kernel(
     dy_ptr,  # (N, C, S)
     x_ptr,  # (N, C, S)
     mean_ptr,  # (N, C)
-    sum_dy_ptr,  # (N, C, parts), written
-    sum_dyx_ptr,  # (N, C, parts), written
+    sums_ptr,  # (2, N, C, parts), written
+    maps,  # N * C
     length,
     size,
     parts,
@@ -232,9 +232,9 @@ def _reduce_kernel(
     CHANNELS_LAST: tl.constexpr,
 ):
     """Sums of dy and of dy * (x - mean) over a part of each map."""
-    start, maps, exist, part = _block(length, size, parts, ROWS, VECTOR, CHANNELS_LAST)
+    start, place, exist, part = _block(length, size, parts, ROWS, VECTOR, CHANNELS_LAST)
     first, last, _ = _part(part, size, tiles, PIXELS)
-    mean = tl.load(mean_ptr + maps, mask=exist, other=0.0)[:, None]
+    mean = tl.load(mean_ptr + place, mask=exist, other=0.0)[:, None]
     sum_dy = tl.zeros((ROWS, PIXELS), mean.dtype)
     sum_dyx = tl.zeros((ROWS, PIXELS), mean.dtype)
     for i in range(first, last):
@@ -242,19 +242,19 @@ def _reduce_kernel(
         dy = _load(dy_ptr, at, inside, mean_ptr)
         sum_dy += dy
         sum_dyx += dy * (_load(x_ptr, at, inside, mean_ptr) - mean)
-    tl.store(sum_dy_ptr + maps * parts + part, tl.sum(sum_dy, 1), mask=exist)
-    tl.store(sum_dyx_ptr + maps * parts + part, tl.sum(sum_dyx, 1), mask=exist)
+    sum_dy_ptr = sums_ptr + place * parts + part
+    tl.store(sum_dy_ptr, tl.sum(sum_dy, 1), mask=exist)
+    tl.store(sum_dy_ptr + maps.to(tl.int64) * parts, tl.sum(sum_dyx, 1), mask=exist)
 
 
-@triton.jit(do_not_specialize=['length', 'size', 'parts', 'tiles'])
+@triton.jit(do_not_specialize=['maps', 'length', 'size', 'parts', 'tiles'])
 def _combine_kernel(
     x_ptr,  # (N, C, S)
     mean_ptr,  # (N, C)
-    b1_ptr,  # (N, C)
-    b0_ptr,  # (N, C)
+    coefficients_ptr,  # (2, N, C): b1 and b0; or (3, N, C): and a
     dy_ptr,  # (N, C, S), or None
-    a_ptr,  # (N, C), or None
     out_ptr,  # (N, C, S), written
+    maps,  # N * C
     length,
     size,
     parts,
@@ -265,14 +265,19 @@ def _combine_kernel(
     CHANNELS_LAST: tl.constexpr,
 ):
     """out = b1*(x - mean) + b0, and + a*dy if there is a dy."""
-    start, maps, exist, part = _block(length, size, parts, ROWS, VECTOR, CHANNELS_LAST)
+    start, place, exist, part = _block(length, size, parts, ROWS, VECTOR, CHANNELS_LAST)
     at, inside = _tile(part, start, length, size, exist, ROWS, PIXELS, VECTOR, CHANNELS_LAST)
     x = _load(x_ptr, at, inside, mean_ptr)
-    mean = tl.load(mean_ptr + maps, mask=exist, other=0.0)[:, None]
-    b1 = tl.load(b1_ptr + maps, mask=exist, other=0.0)[:, None]
-    out = b1 * (x - mean) + tl.load(b0_ptr + maps, mask=exist, other=0.0)[:, None]
+    mean = tl.load(mean_ptr + place, mask=exist, other=0.0)[:, None]
+    if CHANNELS_LAST:
+        maps = tl.multiple_of(maps, VECTOR)
+    b1_ptr = coefficients_ptr + place
+    b0_ptr = b1_ptr + maps
+    b1 = tl.load(b1_ptr, mask=exist, other=0.0)[:, None]
+    out = b1 * (x - mean) + tl.load(b0_ptr, mask=exist, other=0.0)[:, None]
     if dy_ptr is not None:
-        out += tl.load(a_ptr + maps, mask=exist, other=0.0)[:, None] * _load(dy_ptr, at, inside, mean_ptr)
+        a = tl.load(b0_ptr + maps, mask=exist, other=0.0)[:, None]
+        out += a * _load(dy_ptr, at, inside, mean_ptr)
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -288,17 +293,17 @@ def _block(length, size, parts, ROWS: tl.constexpr, VECTOR: tl.constexpr, CHANNE
     if CHANNELS_LAST:  # programs that follow one another read the channels of the same pixels
         blocks = tl.cdiv(length, ROWS)
         first, part, sample = program % blocks * ROWS, program // blocks % parts, program // blocks // parts
-        maps = tl.multiple_of(sample.to(tl.int64) * length + first, VECTOR)
+        place = tl.multiple_of(sample.to(tl.int64) * length + first, VECTOR)
         start = sample.to(tl.int64) * length * size + first
         left = tl.multiple_of(length - first, VECTOR)
     else:  # or the parts of the same maps
         part = program % parts
         first = (program // parts).to(tl.int64) * ROWS
-        maps = first
+        place = first
         start = first * size
         left = length - first
     row = tl.arange(0, ROWS)
-    return start, maps + row, row < left, part.to(tl.int64)
+    return start, place + row, row < left, part.to(tl.int64)
 
 
 @triton.jit
