@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmcv.cnn import build_norm_layer
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS
 from mmengine.utils import get_installed_path
@@ -53,6 +54,51 @@ def test_layers(name, changed, left):
     assert kinds[SwitchNorm] == sum(changed.values())
     assert kinds[nn.GroupNorm] + kinds[nn.SyncBatchNorm] + kinds[nn.BatchNorm2d] == sum(left.values())
     assert cfg.model == config(name).model  # the argument is not touched
+
+
+class Pathway(nn.Sequential):
+    def __init__(self, width, norm_cfg=None, norm_eval=False):
+        norms = [build_norm_layer(norm_cfg or dict(type='BN3d'), width)[1] for _ in range(3)]
+        super().__init__(*[layer for norm in norms for layer in (nn.Conv3d(width, width, 1), norm)])
+        self.norm_eval = norm_eval
+
+
+@MODELS.register_module()
+class PathwaysOfItsOwn(nn.Module):
+    """As mmaction's SlowFast: what its dicts name is in no registry, but in a table of the class's module."""
+
+    table = dict(pathway=Pathway, fixed=lambda width: Pathway(width))
+
+    def __init__(self, slow, fast=dict(type='pathway', width=4)):  # noqa: B006
+        super().__init__()
+        for name, cfg in dict(slow=slow, fast=fast).items():
+            setattr(self, name, self.table[cfg['type']](**{k: v for k, v in cfg.items() if k != 'type'}))
+
+
+@MODELS.register_module()
+class WithBackbone(nn.Module):
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = MODELS.build(backbone)
+
+
+@pytest.mark.parametrize('to', ['SN', 'SyncSN'])
+@pytest.mark.parametrize('slow, left', [('pathway', 0), ('fixed', 3)])
+def test_classes_of_a_private_table(to, slow, left):
+    backbone = dict(type='PathwaysOfItsOwn', slow=dict(type=slow, width=8))
+    cfg = Config(dict(model=dict(type='WithBackbone', backbone=backbone)))
+    swap = plan_swap(cfg, to)
+    assert (len(swap.changed), len(swap.left)) == (6 - left, left)
+    model = MODELS.build(swap.config.model)
+    assert sum(isinstance(m, SwitchNorm) for m in model.modules()) == 6 - left
+    model.backbone.fast(torch.randn(2, 4, 3, 5, 5)).sum().backward()
+
+
+@pytest.mark.parametrize('statistics, norm_eval', [('frozen', True), ('train', False)])
+def test_norm_eval_of_classes_of_a_private_table(statistics, norm_eval):
+    slow = dict(type='pathway', width=8, norm_eval=not norm_eval)
+    cfg = Config(dict(model=dict(type='WithBackbone', backbone=dict(type='PathwaysOfItsOwn', slow=slow))))
+    assert plan_swap(cfg, statistics=statistics).config.model.backbone.slow.norm_eval is norm_eval
 
 
 def test_a_place_without_effect_keeps_its_norm():

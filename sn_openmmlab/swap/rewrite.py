@@ -13,8 +13,9 @@ import traceback
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
+import mmengine.registry
 from mmengine.config import Config
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import MODELS, DefaultScope, Registry
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -152,7 +153,7 @@ def plan_swap(
     swap = _told(cfg, rewritten(refused)[0], to, parts, norms, refused)
     if swap.left:
         added = []
-        for place in bare:  # arguments for a class that is not named: does it take a norm?
+        for place in bare:  # arguments for a class that cannot be looked at: does it take a norm?
             with contextlib.suppress(Exception):
                 more = outcome(refused, [*added, place])
                 if sum(norm.changes for norm in more) > sum(norm.changes for norm in norms):
@@ -174,7 +175,7 @@ class _Walk:
         self.refused, self.added = refused, added
         self.learns = learns  # whether new norms do, also where the old did not
         self.places: list[str] = []
-        self.bare: list[str] = []  # dicts of arguments without a type
+        self.bare: list[str] = []  # dicts of arguments for a class that no registry knows
         self.frozen = False  # whether some backbone has norm_eval
 
     def visit(self, node, place: str = '', scope: str | None = None):
@@ -195,15 +196,19 @@ class _Walk:
             if isinstance(value, (dict, list, tuple))
         }
         changed = {key: value for key, value in new.items() if value is not (node if key in node else accepted)[key]}
-        if place.endswith('_cfg') and 'type' not in node and 'norm_cfg' not in node and part_of(place) in self.parts:
+        if 'type' in node:  # of a table of the class's own, as the pathways of mmaction's SlowFast, or no model at all
+            unknown = cls is None and not _in_another_registry(str(node['type']))
+        else:
+            unknown = place.endswith('_cfg')
+        if unknown and 'norm_cfg' not in node and part_of(place) in self.parts:
             self.bare.append(place)
             if place in self.added:
                 old = dict(type='BN', requires_grad=True)
                 changed['norm_cfg'] = self.rewrite(old, nn.BatchNorm2d, f'{place}.norm_cfg'.lstrip('.'))
         if not changed:
             return node
-        if 'norm_eval' in accepted and self.norm_eval is not None:
-            if node.get('norm_eval', accepted['norm_eval']) and not self.norm_eval:
+        if ('norm_eval' in accepted or 'norm_eval' in node) and self.norm_eval is not None:
+            if node.get('norm_eval', accepted.get('norm_eval')) and not self.norm_eval:
                 changed['norm_eval'] = False
             elif self.norm_eval and part_of(place) == 'backbone':
                 self.frozen = changed['norm_eval'] = True
@@ -334,6 +339,13 @@ def _class(kind, scope: str | None):
         return kind
     with MODELS.switch_scope_and_registry(scope) as registry:
         return registry.get(kind)
+
+
+def _in_another_registry(kind: str) -> bool:
+    """Whether a ``type`` means no model, but an assigner, an initializer or the like, of what is imported."""
+    registries = [r for r in vars(mmengine.registry).values() if isinstance(r, Registry) and r is not MODELS]
+    registries += [child for registry in registries for child in registry.children.values()]
+    return any(kind.rpartition('.')[2] in registry.module_dict for registry in registries)
 
 
 def _said(error: BaseException) -> str:
