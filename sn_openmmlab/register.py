@@ -1,9 +1,11 @@
 """All that importing this package changes in mmengine, beside the registered layers and hooks."""
 
+import functools
 import importlib.util
 
 from mmengine.analysis import complexity_analysis
 from mmengine.analysis.jit_handles import elementwise_flop_counter
+from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.runner import CheckpointLoader
 from mmengine.utils import is_installed
@@ -26,11 +28,24 @@ def _find_bases() -> None:
     mmengine looks such a package up by the name of its distribution, in a table that lacks ours and knows
     mmsegmentation, but not the onedl-mmsegmentation that has the same modules. Where there is no such distribution, the
     module's own name does.
+
+    It also takes the package's name for the scope of the classes that the base names. Ours is no scope: it has configs
+    for several libraries, each with its own ``default_scope``.
     """
     MODULE2PACKAGE['sn_openmmlab'] = 'sn_openmmlab'
+    Config._get_cfg_path = staticmethod(_without_our_scope(Config._get_cfg_path))
     for module, distribution in MODULE2PACKAGE.items():
         if module != distribution and not is_installed(distribution) and importlib.util.find_spec(module):
             MODULE2PACKAGE[module] = module
+
+
+def _without_our_scope(find):
+    @functools.wraps(find)
+    def get_cfg_path(*args):
+        path, scope = find(*args)
+        return path, None if scope == 'sn_openmmlab' else scope
+
+    return get_cfg_path
 
 
 def _count_flops() -> None:

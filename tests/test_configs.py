@@ -115,6 +115,14 @@ def test_mmsegs_networks_follow_the_recipe_for_batch_norm_checkpoints(path):
     assert frozen == {'backbone'}
 
 
+@pytest.mark.parametrize('path', SHIPPED, ids=lambda p: p.stem)
+def test_inheriting_changes_nothing(path, tmp_path):
+    """No class is looked for in a scope of this package, which has none."""
+    child = tmp_path / 'child.py'
+    child.write_text(f"_base_ = 'sn_openmmlab::{path.relative_to(CONFIGS)}'")
+    assert Config.fromfile(child).to_dict() == Config.fromfile(path).to_dict()
+
+
 def without_norms(tree):
     """A config without what may differ between rows of a table: norms, checkpoint, and images as that one's were."""
     if isinstance(tree, dict):
