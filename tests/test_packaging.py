@@ -1,6 +1,7 @@
 """What users install: the wheel and the editable install, each in an environment of its own."""
 
 import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
@@ -175,6 +176,25 @@ def test_the_import_costs_little_above_torch_and_mmengine(tmp_path):
     )
     times = [float(run(sys.executable, '-W', 'ignore', '-c', code, cwd=ROOT).split()[-1]) for _ in range(3)]
     assert min(times) < 0.1
+
+
+def test_the_matrix_leaves_out_what_cannot_be_installed_only_if_told_to(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location('matrix', ROOT / '.ci/matrix.py')
+    matrix = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(matrix)
+    monkeypatch.setattr(matrix, 'WORK', tmp_path)
+    monkeypatch.setattr(matrix, 'build', lambda: tmp_path / 'some.whl')
+    monkeypatch.setitem(matrix.ENVIRONMENTS, 'future', ('3.99', '9.0', matrix.UPSTREAM))
+    monkeypatch.setattr(sys, 'argv', ['matrix.py', '--check', 'future'])
+    with pytest.raises(SystemExit) as ended:
+        matrix.main()
+    assert not ended.value.code
+    assert capsys.readouterr().out.startswith(
+        'future is not tested: it cannot be installed here (there is no Python 3.99'
+    )
+    monkeypatch.setattr(sys, 'argv', ['matrix.py', 'future'])
+    with pytest.raises(LookupError, match='pyenv install 3.99'):
+        matrix.main()
 
 
 def test_without_mmengine_import_says_what_to_install(tmp_path):
