@@ -12,13 +12,14 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint requirements/constr
 
 setup: $(STAMP)
 
-# onedl-mmcv compiles for 5 to 8 minutes on 2 cores, which pip's --verbose shows; its wheel cache serves it after that.
+# onedl-mmcv compiles, and pip, not being quiet about that step, shows that it is at work; its wheel cache serves it later.
 # Without debug information (-g0) that is half the work, for the same machine code.
 $(STAMP): $(wildcard requirements/*.txt) setup.py pyproject.toml $(wildcard sn_openmmlab/ops/backends/cpp/*.cpp sn_openmmlab/ops/backends/cpp/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(INSTALL) torch
 	$(INSTALL) --requirement requirements/build.txt
-	CFLAGS=-g0 $(INSTALL) --no-build-isolation --requirement requirements/onedl.txt --requirement requirements/dev.txt
+	@echo 'OpenMMLab: the first time mmcv compiles its operators, 5 to 8 minutes on 2 cores'
+	CFLAGS=-g0 $(subst --quiet,,$(INSTALL)) --no-build-isolation --requirement requirements/onedl.txt --requirement requirements/dev.txt
 	$(INSTALL) --requirement requirements/docs.txt
 # two packages own cv2; the last one installed stays, and only the headless one works without libGL
 	$(INSTALL) --force-reinstall --no-deps opencv-python-headless
