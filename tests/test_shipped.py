@@ -10,6 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmdet.apis import DetInferencer
+from mmengine.hub import get_config, get_model
+from mmengine.registry import MODELS, DefaultScope
+from mmseg.apis import MMSegInferencer
 
 from sn_openmmlab import SwitchNorm, read_ratios
 from sn_openmmlab.checkpoint.read import read_checkpoints_as_data
@@ -89,16 +93,26 @@ def test_training_resuming_and_inferring(place, monkeypatch, name, metric, optio
     read_checkpoints_as_data()  # upstream's mmengine cannot read its own from torch 2.6 on
     image = str(next((place / 'data/images/val').iterdir()))
     if name == 'detector':
-        from mmdet.apis import DetInferencer
-
         inferencer = DetInferencer(model=config, weights=str(checkpoint), device='cpu', show_progress=False)
         boxes = torch.tensor(inferencer(image)['predictions'][0]['bboxes'])
         assert boxes.shape == (5, 4) and boxes.isfinite().all()
     else:
-        from mmseg.apis import MMSegInferencer
-
         inferencer = MMSegInferencer(model=config, weights=str(checkpoint), device='cpu')
         labels = inferencer(image)['predictions']
         assert labels.shape == (64, 64) and labels.max() < 11
     layers = {name: m for name, m in inferencer.model.named_modules() if isinstance(m, SwitchNorm)}
     assert all(np.allclose(layers[layer].importance_ratios, ratios, atol=1e-5) for layer, ratios in last.items())
+
+
+def test_what_goes_by_name_or_wants_weights():
+    """docs/quickstart.md, Predict: what each says, and that the way shown instead works."""
+    name = 'sn_openmmlab::mmseg/sn/fcn_r18-d8_sn_1xb2-20k_camvid-180x240.py'
+    with pytest.raises(ModuleNotFoundError, match=r"No module named 'sn_openmmlab\.utils'"):
+        get_model(name)
+    with pytest.raises(AssertionError, match='Cannot find `Weights`'):
+        get_config(name, pretrained=True)
+    with pytest.raises(ValueError, match='Cannot find model: faster-rcnn_r50_fpn_sn-all_2x_coco in mmdet'):
+        DetInferencer('faster-rcnn_r50_fpn_sn-all_2x_coco')
+    cfg = get_config(name)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        assert any(isinstance(m, SwitchNorm) for m in MODELS.build(cfg.model).modules())
