@@ -719,6 +719,7 @@ class TestRefused:
             p: (s.st_mtime_ns, s.st_size) for p, s in after.items()
         }
 
+    @pytest.mark.skipif(VERSION < (2, 0), reason='torch 1.13 ends the process where it cannot write')
     @pytest.mark.parametrize('there', [False, True])
     def test_failed_write_leaves_everything_as_it_was(self, there, good, tmp_path):
         """With a limit on the size of files, as on a full disk."""

@@ -14,6 +14,7 @@ from sn_openmmlab import SwitchNorm, SwitchNorm1d, SwitchNorm3d, SyncSN, convert
 from sn_openmmlab.ops.torch_versions import VERSION
 
 BN_ONLY = (0, 0, 1)
+runs_sync_bn = pytest.mark.skipif(VERSION < (2, 0), reason='SyncBatchNorm of torch 1.13 refuses the CPU')
 
 
 def randomized(model):
@@ -70,12 +71,7 @@ def test_one_hot_on_bn_is_the_same_function(mode):
         (nn.BatchNorm1d(6), SwitchNorm1d, (4, 6, 5)),
         (nn.BatchNorm2d(6, momentum=None), SwitchNorm, (4, 6, 5, 5)),
         (nn.BatchNorm3d(6, affine=False), SwitchNorm3d, (4, 6, 3, 3, 3)),
-        pytest.param(
-            nn.SyncBatchNorm(6),
-            SwitchNorm,
-            (4, 6, 5, 5),
-            marks=pytest.mark.skipif(VERSION < (2, 0), reason='SyncBatchNorm of torch 1.13 refuses the CPU'),
-        ),
+        pytest.param(nn.SyncBatchNorm(6), SwitchNorm, (4, 6, 5, 5), marks=runs_sync_bn),
     ],
 )
 @pytest.mark.parametrize('training', [True, False])
@@ -234,7 +230,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
 BatchNormAct2d.__module__ = 'timm.layers.norm_act'
 
 
-@pytest.mark.parametrize('to', ['SN', 'SyncSN', 'SSN'])
+@pytest.mark.parametrize('to', ['SN', pytest.param('SyncSN', marks=runs_sync_bn), 'SSN'])
 @pytest.mark.parametrize('training', [False, True])
 def test_timms_activations_stay(to, training):
     """To SN and back, through deepcopy, and folded; the same keys, so that checkpoints of timm's still fit."""

@@ -55,6 +55,9 @@ class SyncSN(SwitchNorm):
 @functools.lru_cache
 def _subgroup(group_size: int, world):
     """The group of this rank and its neighbours; made once for all layers, since each group holds a communicator."""
-    if dist.get_world_size(world) % group_size:
-        raise ValueError(f'group_size={group_size} does not divide the world size {dist.get_world_size(world)}')
-    return dist.new_subgroups(group_size)[0]
+    size = dist.get_world_size(world)
+    if size % group_size:
+        raise ValueError(f'group_size={group_size} does not divide the world size {size}')
+    # as dist.new_subgroups, which torch 1.13 has for CUDA only
+    groups = [dist.new_group(list(range(first, first + group_size))) for first in range(0, size, group_size)]
+    return groups[dist.get_rank() // group_size]

@@ -94,7 +94,7 @@ def test_wrong_number_of_channels():
 )
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        SwitchNorm(**dict(num_features=3) | kwargs)
+        SwitchNorm(**{'num_features': 3, **kwargs})
 
 
 def test_bad_sync_arguments():
