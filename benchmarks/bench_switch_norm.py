@@ -46,7 +46,7 @@ def on_backend(backend: str) -> Callable[[int], nn.Module]:
 
 
 def compiled(channels: int) -> nn.Module:
-    """SN under torch.compile, which takes the reference formula."""
+    """SN under torch.compile, which keeps the kernels."""
     torch._dynamo.reset()  # each layer compiles anew, and their number is limited
     layer = SwitchNorm(channels)
     layer.forward = torch.compile(layer.forward, dynamic=True, fullgraph=True)

@@ -1,8 +1,8 @@
 """Switchable Normalization written down as the paper defines it, in differentiable PyTorch.
 
 :func:`switch_norm_reference` is the oracle of every test, and the path that is taken where autograd must see through
-the layer: tracing, ``torch.compile`` (which fuses it), ``torch.func`` and double backward. :func:`switch_norm_graph` is
-the same function for graphs, which ONNX, torch.export and TorchScript runtimes execute operation by operation.
+the layer: tracing, ``torch.func``, double backward, older ``torch.compile``. :func:`switch_norm_graph` is the same
+function for graphs, which ONNX, torch.export and TorchScript runtimes execute operation by operation.
 """
 
 from __future__ import annotations

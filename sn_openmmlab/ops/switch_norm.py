@@ -1,19 +1,16 @@
 """``switch_norm``: the functional form of the layer, as ``F.batch_norm`` is of BatchNorm.
 
-One autograd Function runs the four passes of a backend and the algebra between them. The two sums over processes that
-synchronised statistics need stand here, not in a backend. Only the input and (N, C)-sized tensors are kept for
-backward.
+One autograd Function runs the four passes of a backend and the algebra between them (:mod:`.run`), under torch.compile
+two operators (:mod:`.compiled`). Only the input and (N, C)-sized tensors are kept for backward.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 import warnings
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -21,7 +18,13 @@ from . import backends
 from .backends import algebra
 from .backends.interface import Parameters, Setting, Statistics
 from .formula import NORMALIZERS, moments_dtype, switch_norm_graph, switch_norm_reference
-from .torch_versions import count_dispatch_modes, is_compiling, is_exporting
+from .run import backward, forward
+from .torch_versions import VERSION, count_dispatch_modes, is_compiling, is_exporting
+
+if VERSION >= (2, 7):
+    from . import compiled
+else:
+    compiled = None  # an export, which is to have no operators but torch's, looks like a compilation there
 
 _PLAIN = {Tensor, torch.nn.Parameter}
 
@@ -98,53 +101,32 @@ def switch_norm(
     backend = _choose_backend(x, *parameters, running_mean, running_var)
     if backend is not None:
         args = x, *parameters, statistics, setting, group, backend
-        return _SwitchNorm.apply(*args) if torch.is_grad_enabled() else _forward(x, parameters, *args[5:])[0]
+        return _SwitchNorm.apply(*args) if torch.is_grad_enabled() else forward(x, parameters, *args[5:])[0]
     mean_bn, var_bn = (None, None) if batch else (running_mean, running_var)
-    if not batch and (torch.jit.is_tracing() or is_exporting()):
+    if is_compiling() and not is_exporting() and compiled is not None and compiled.takes(x.device, x.dtype):
+        y, joint = compiled.switch_norm_compiled(x, parameters, mean_bn, var_bn, setting, group)
+        used = joint, joint[-1]
+    elif not batch and (torch.jit.is_tracing() or is_exporting()):
         return switch_norm_graph(x, *parameters, mean_bn, var_bn, normalizers, eps)
-    if group is not None:
+    elif group is not None:
         raise RuntimeError(
-            'the reference formula, which SN_BACKEND=reference, torch.compile, tracing and torch.func take, does not '
-            'synchronise statistics; use SN in place of SyncSN there, or evaluation mode'
+            'the reference formula, which SN_BACKEND=reference, tracing, torch.func and torch.compile before torch 2.7 '
+            'take, does not synchronise statistics; use SN in place of SyncSN there, or evaluation mode'
         )
-    y, mean, var = switch_norm_reference(x, *parameters, mean_bn, var_bn, normalizers, eps)
+    else:
+        y, mean, var = switch_norm_reference(x, *parameters, mean_bn, var_bn, normalizers, eps)
+        used = None if mean is None else torch.cat([mean, var, mean.new_zeros(1)]), x.numel() // x.shape[1]
     if batch and statistics is not None:
         with torch.no_grad():
-            algebra.update(statistics, torch.cat([mean, var, mean.new_zeros(1)]), x.numel() // x.shape[1])
+            algebra.update(statistics, *used)
     return y
-
-
-def _forward(x, parameters, statistics, setting, group, backend):
-    """The output; and the moments of IN, and those of LN and BN, which backward needs."""
-    x, size = _dense(x), _size(x)
-    if not x.numel():
-        return _empty_forward(x, statistics, setting, group)
-    moments = backend.moments(x)
-    shared = None
-    if group is not None:
-        shared = backend.pool(moments, size)
-        dist.all_reduce(shared, group=group)
-    coefficients, joint = backend.coefficients(moments, size, shared, parameters, statistics, setting)
-    return backend.affine(x, moments, coefficients), moments, joint
-
-
-def _empty_forward(x, statistics, setting, group):
-    """Of an empty input, which still takes part in the sums of its group."""
-    n, c = x.shape[:2]
-    shared = x.new_zeros(2 * c + 1, dtype=torch.float64)
-    if group is not None:
-        dist.all_reduce(shared, group=group)
-    joint = algebra.joined(shared, n)
-    if statistics is not None and not setting.frozen:
-        algebra.update(statistics, joint, joint[-1])
-    return torch.empty_like(x), x.new_zeros((2, n, c), dtype=moments_dtype(x.dtype)), joint
 
 
 class _SwitchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, mean_weight, var_weight, weight, bias, statistics, setting, group, backend):
         parameters = Parameters(mean_weight, var_weight, weight, bias)
-        y, moments, joint = _forward(x, parameters, statistics, setting, group, backend)
+        y, moments, joint = forward(x, parameters, statistics, setting, group, backend)
         ctx.save_for_backward(x, *parameters, moments, joint)
         ctx.setting, ctx.group, ctx.backend = setting, group, backend
         return y
@@ -160,29 +142,11 @@ class _SwitchNorm(torch.autograd.Function):
 
 def _backward(ctx, dy):
     x, *parameters, moments, joint = ctx.saved_tensors
-    parameters = Parameters(*parameters)
-    dx, *small = _gradients(dy, x, moments, joint, parameters, ctx.setting, ctx.group, ctx.backend)
-    return dx, *[None if p is None else grad.to(p.dtype) for p, grad in zip(parameters, small)]
-
-
-def _gradients(dy, x, moments, joint, parameters, setting, group, backend):
-    """The gradients of the input and, in the dtype of the moments, of the parameters."""
-    x, size, c, k = _dense(x), _size(x), x.shape[1], len(setting.normalizers)
-    if not x.numel():
-        if group is not None:
-            dist.all_reduce(x.new_zeros(2 * c, dtype=torch.float64), group=group)
-        dx, small = torch.empty_like(x), moments.new_zeros(2 * (c + k))
-    else:
-        dy = _like(dy, x)
-        sums = backend.reduce(dy, x, moments)
-        shared = None
-        if group is not None:
-            shared = backend.pool_gradients(sums, moments, joint, parameters, setting)
-            dist.all_reduce(shared, group=group)
-        coefficients, small = backend.gradients(sums, moments, joint, size, shared, parameters, setting)
-        dx = backend.combine(dy, x, moments, coefficients)
+    parameters, c, k = Parameters(*parameters), x.shape[1], len(ctx.setting.normalizers)
+    dx, small = backward(dy, x, moments, joint, parameters, ctx.setting, ctx.group, ctx.backend)
     dweight, dbias, dmean_weight, dvar_weight = small.split([c, c, k, k])
-    return dx, dmean_weight, dvar_weight, dweight, dbias
+    grads = zip(parameters, (dmean_weight, dvar_weight, dweight, dbias))
+    return dx, *[None if p is None else grad.to(p.dtype) for p, grad in grads]
 
 
 def _differentiable_backward(ctx, dy):
@@ -203,23 +167,6 @@ def _differentiable_backward(ctx, dy):
         y = switch_norm_reference(*inputs, mean_bn, var_bn, *ctx.setting[:2])[0]
         grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph))
     return [next(grads) if needed else None for needed in ctx.needs_input_grad[:5]]
-
-
-def _dense(x: Tensor) -> Tensor:
-    """Stored with samples first and channels second, or channels last; copied only where it is neither."""
-    if x.is_contiguous() or x.movedim(1, -1).is_contiguous():
-        return x
-    return x.contiguous()
-
-
-def _size(x: Tensor) -> int:
-    """The number of pixels of a map."""
-    return math.prod(x.shape[2:])
-
-
-def _like(dy: Tensor, x: Tensor) -> Tensor:
-    """``dy`` stored as ``x`` is."""
-    return dy if dy.stride() == x.stride() else torch.empty_like(x).copy_(dy)
 
 
 def _choose_backend(x: Tensor, *others: Tensor | None):

@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sn_openmmlab import SwitchNorm
+from sn_openmmlab.ops.torch_versions import VERSION
 
 pytest.importorskip('torch._dynamo', reason='torch.compile came with torch 2')
 from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
@@ -83,6 +85,79 @@ def test_the_layer_compiles_with_every_option(kwargs):
     compiled = torch.compile(copy.deepcopy(eager), backend='aot_eager', fullgraph=True, dynamic=True)
     for shape in (2, 4), (3, 4, 5), (2, 4, 6, 6):
         assert_equal_steps(compiled, eager, torch.randn(shape))
+
+
+# The operators that compiled layers keep, so that they run the kernels of eager ones
+
+
+needs_operators = pytest.mark.skipif(VERSION < (2, 7), reason='before torch 2.7 compiled layers take the formula')
+
+
+def step(net, x, dy):
+    y = net(x)
+    return [y, *torch.autograd.grad(y, [x, *net.parameters()], dy)]
+
+
+@needs_operators
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize(
+    'kwargs', [{}, dict(normalizers=('in', 'ln')), dict(momentum=None), dict(affine=False)], ids=str
+)
+def test_compiled_kernels_are_the_eager_ones(kwargs, training):
+    """To the bit, in one graph without a break."""
+    eager = SwitchNorm(8, **kwargs).train(training)
+    for p in eager.parameters():
+        nn.init.normal_(p)
+    net = copy.deepcopy(eager)
+    compiled = torch.compile(net, backend='aot_eager', fullgraph=True, dynamic=True)
+    for x in torch.randn(2, 8, 6, 5), torch.randn(3, 8, 7, 9).to(memory_format=torch.channels_last), torch.randn(4, 8):
+        x.requires_grad_()
+        dy = torch.randn(x.shape)
+        assert all(map(torch.equal, step(compiled, x, dy), step(eager, x, dy)))
+    for a, b in zip(net.buffers(), eager.buffers()):
+        torch.testing.assert_close(a, b)
+
+
+@needs_operators
+@pytest.mark.parametrize('frozen', [True, False], ids=['frozen', 'batch'])
+@pytest.mark.parametrize('shape', [(2, 8, 4, 4), (3, 8), (0, 8, 4, 4)], ids=str)
+def test_operators_are_what_they_say(shape, frozen):
+    from sn_openmmlab.ops.compiled import _forward
+
+    x, *parameters = (torch.randn(size).requires_grad_() for size in (shape, 3, 3, 8, 8))
+    statistics = (torch.randn(8), torch.rand(8) + 0.5) if frozen else (None, None)
+    torch.library.opcheck(_forward, (x, *parameters, *statistics, 'in ln bn', 1e-5, frozen, None))
+    assert _forward(x, *parameters, *statistics, 'in ln bn', 1e-5, frozen, None)[0].shape == shape
+
+
+def compiled_step(sync):
+    """Output, gradients and statistics of this process's half of a batch, or of all of it in one process."""
+    x, dy = torch.randn(2, 4, 8, 5, 5, generator=torch.Generator().manual_seed(0)).unbind()
+    if sync:
+        x, dy = (t.chunk(2)[dist.get_rank()] for t in (x, dy))
+    net = MODELS.build(dict(type='SyncSN' if sync else 'SN', num_features=8))
+    compiled = torch.compile(net, backend='aot_eager', fullgraph=True)
+    return [t.detach() for t in step(compiled, x.clone().requires_grad_(), dy)], list(net.buffers())
+
+
+@needs_operators
+def test_sync_sn_compiles(two):
+    results, buffers = zip(*two(compiled_step, True))
+    y, dx, *small = zip(*results)
+    expected, expected_buffers = compiled_step(False)
+    for got, exact in zip([torch.cat(y), torch.cat(dx), *map(sum, small)], expected):
+        torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-5)
+    for ours in buffers:
+        torch.testing.assert_close(ours, expected_buffers)
+
+
+@needs_operators
+def test_the_formula_is_compiled_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setenv('SN_BACKEND', 'reference')
+    net, x = SwitchNorm(8), torch.randn(2, 8, 5, 5)
+    graphs = []
+    torch.compile(net, backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True)(x)
+    assert graphs and not any('switch_norm' in str(node.target) for node in graphs[0].graph.nodes)
 
 
 def test_activation_checkpointing_gives_the_same_gradients():

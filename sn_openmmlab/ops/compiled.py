@@ -1,0 +1,123 @@
+"""The op as ``torch.compile`` sees it: two operators with a schema each, which it leaves whole.
+
+So a compiled model runs the same kernels as an uncompiled one, synchronised statistics included. Eager execution takes
+the autograd Function of :mod:`.switch_norm` instead: dispatching to an operator in Python costs it far more.
+"""
+
+# ruff: noqa: FA100  (no `from __future__ import annotations`: torch reads the types of arguments, for the schemas)
+
+from typing import Optional, Tuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import backends
+from .backends.interface import Parameters, Setting, Statistics
+from .formula import moments_dtype
+from .run import backward, dense, forward
+
+
+def switch_norm_compiled(
+    x: Tensor,
+    parameters: Parameters,
+    mean_bn: Optional[Tensor],
+    var_bn: Optional[Tensor],
+    setting: Setting,
+    group,
+) -> Tuple[Tensor, Tensor]:
+    """The output, and the moments of LN and BN with the number of pixels behind BN's."""
+    names, eps, frozen = setting
+    name = None if group is None else _name(group)
+    y, _, joint = _forward(x, *parameters, mean_bn, var_bn, ' '.join(names), eps, frozen, name)
+    return y, joint
+
+
+@torch.compiler.assume_constant_result
+def takes(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there are kernels for such tensors."""
+    return device.type in ('cpu', 'cuda') and backends.choose(device, dtype) is not None
+
+
+@torch.compiler.assume_constant_result
+def _name(group) -> str:
+    return group.group_name
+
+
+def _group(name: Optional[str]):
+    return None if name is None else dist.distributed_c10d._resolve_process_group(name)
+
+
+def _forward_real(
+    x: Tensor,
+    mean_weight: Tensor,
+    var_weight: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    mean_bn: Optional[Tensor],
+    var_bn: Optional[Tensor],
+    normalizers: str,
+    eps: float,
+    frozen: bool,
+    group: Optional[str],
+) -> Tuple[Tensor, Tensor, Tensor]:
+    statistics = None if mean_bn is None else Statistics(mean_bn, var_bn)
+    setting = Setting(tuple(normalizers.split()), eps, frozen)
+    backend = backends.choose(x.device, x.dtype)
+    return forward(x, Parameters(mean_weight, var_weight, weight, bias), statistics, setting, _group(group), backend)
+
+
+def _backward_real(
+    dy: Tensor,
+    x: Tensor,
+    mean_weight: Tensor,
+    var_weight: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    moments: Tensor,
+    joint: Tensor,
+    normalizers: str,
+    eps: float,
+    frozen: bool,
+    group: Optional[str],
+) -> Tuple[Tensor, Tensor]:
+    setting = Setting(tuple(normalizers.split()), eps, frozen)
+    parameters = Parameters(mean_weight, var_weight, weight, bias)
+    return backward(dy, x, moments, joint, parameters, setting, _group(group), backends.choose(x.device, x.dtype))
+
+
+_forward = torch.library.custom_op('sn_openmmlab::switch_norm', _forward_real, mutates_args=())
+_backward = torch.library.custom_op('sn_openmmlab::switch_norm_backward', _backward_real, mutates_args=())
+
+
+@_forward.register_fake
+def _(x, mean_weight, var_weight, weight, bias, mean_bn, var_bn, normalizers, eps, frozen, group):
+    n, c = x.shape[:2]
+    moments = x.new_empty((2, n, c), dtype=moments_dtype(x.dtype))
+    return torch.empty_like(dense(x)), moments, x.new_empty(2 * n + 2 * c + 1, dtype=torch.float64)
+
+
+@_backward.register_fake
+def _(dy, x, mean_weight, var_weight, weight, bias, moments, joint, normalizers, eps, frozen, group):
+    return torch.empty_like(dense(x)), moments.new_empty(2 * (x.shape[1] + mean_weight.shape[0]))
+
+
+def _keep(ctx, inputs, output) -> None:
+    *tensors, _, _, ctx.normalizers, ctx.eps, ctx.frozen, ctx.group = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, dy, *_):
+    x, mean_weight, var_weight, weight, bias, moments, joint = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(x)
+    setting = ctx.normalizers, ctx.eps, ctx.frozen, ctx.group
+    dx, small = _backward(dy, x, mean_weight, var_weight, weight, bias, moments, joint, *setting)
+    c, k = x.shape[1], mean_weight.shape[0]
+    dweight, dbias, dmean_weight, dvar_weight = small.split([c, c, k, k])
+    grads = zip((mean_weight, var_weight, weight, bias), (dmean_weight, dvar_weight, dweight, dbias))
+    return dx, *(None if p is None else grad.to(p.dtype) for p, grad in grads), *[None] * 6
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
