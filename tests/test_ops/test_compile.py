@@ -15,6 +15,7 @@ from sn_openmmlab.ops.torch_versions import VERSION
 pytest.importorskip('torch._dynamo', reason='torch.compile came with torch 2')
 from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 
+one_graph = pytest.mark.skipif(VERSION < (2, 1), reason='torch 2.0 compiles SN in several graphs')
 SHAPES = [(2, 3, 64, 80), (3, 3, 96, 64), (4, 3, 48, 112)]  # dynamo takes sizes that are equal at first for one size
 
 
@@ -57,6 +58,7 @@ def assert_equal_steps(compiled, eager, x):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@one_graph
 @pytest.mark.parametrize('training', [True, False])
 def test_resnet18_is_one_graph_for_all_sizes(training):
     eager = resnet18()
@@ -70,6 +72,7 @@ def test_resnet18_is_one_graph_for_all_sizes(training):
 
 
 @pytest.mark.slow
+@one_graph
 @pytest.mark.parametrize('training', [True, False])
 def test_resnet18_under_inductor(training):
     eager = resnet18()
@@ -79,6 +82,7 @@ def test_resnet18_under_inductor(training):
         assert_equal_steps(compiled, eager, torch.randn(shape))
 
 
+@one_graph
 @pytest.mark.parametrize('kwargs', [{}, dict(normalizers=('in', 'ln')), dict(momentum=None)], ids=str)
 def test_the_layer_compiles_with_every_option(kwargs):
     eager = SwitchNorm(4, **kwargs)

@@ -200,7 +200,7 @@ def test_half_gradients_of_native_are_off_by_three_roundings_at_most(layout, dty
     exact = exact + b1[..., None].double() * (x.double() - mean[..., None].double()) + b0[..., None].double()
     once, got = (
         ((y.double() - exact).norm() / exact.norm()).item()
-        for y in (exact.to(dtype), native.combine(dy, x, mean, a, b1, b0))
+        for y in (exact.to(dtype), native.combine(dy, x, mean[None], torch.stack([b1, b0, a])))
     )
     print(f'{layout} {dtype}: {got:.1e} of the size of dx, {once:.1e} by one rounding')
     assert once < got < 1.5 * once if layout == 'contiguous' else got == pytest.approx(once, rel=0.01)
