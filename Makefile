@@ -45,6 +45,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.bench_switch_norm --layout channels_last --no-compiled --seconds 4
 	$(BIN)/python -m benchmarks.bench_switch_norm --dtype bfloat16 --no-compiled --seconds 4
 	$(BIN)/python -m benchmarks.bench_models --seconds 40
+	$(BIN)/python -m benchmarks.bench_host
 	$(BIN)/python -m benchmarks.report
 
 docs: setup

@@ -1,12 +1,16 @@
 """The harness measures what it says, and the tables say what the result files say."""
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 
 from benchmarks import report  # noqa: E402
 from benchmarks.bench_switch_norm import PASSES, bench_shape, on_backend  # noqa: E402
@@ -45,3 +49,46 @@ def test_rows_hold_every_provider_and_phase():
     copy = next(r['median'] for r in rows if (r['provider'], r['phase']) == ('traffic bound', 'both')) / 4
     bounds = [r['median'] / r['ratio_to_bound'] / copy for r in passes if 'algebra' not in r['name']]
     assert bounds == pytest.approx([0.5, 1, 1, 1.5])  # and a copy is a read and a write
+
+
+def without_interpreter(*command):
+    env = {k: v for k, v in os.environ.items() if k not in ('TRITON_INTERPRET', 'SN_BACKEND')}
+    return subprocess.run(
+        [sys.executable, *command], env=env, cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+
+
+def test_host_time_without_a_gpu(tmp_path):
+    pytest.importorskip('triton', reason='Triton is not installed')
+    without_interpreter('-m', 'benchmarks.bench_host', '--rounds', '2', '--out', str(tmp_path))
+    rows = json.loads((tmp_path / 'host_time.json').read_text())['rows']
+    assert {(r['samples'], r['name'], r['phase']) for r in rows} == {
+        (samples, name, phase)
+        for samples in (2, 256)
+        for name in ('BatchNorm', 'GroupNorm(32)', 'SN')
+        for phase in ('forward', 'backward', 'eval')
+    }
+    assert all(0 < r['best'] <= r['median'] for r in rows)
+
+
+COUNT_LOOK_UPS = """
+from benchmarks.bench_host import pretend_to_have_a_gpu
+pretend_to_have_a_gpu()
+import torch
+from sn_openmmlab import SwitchNorm
+from sn_openmmlab.ops.backends.triton_kernels import launch
+taken, run = [], launch._run
+launch._run = lambda kernel, *args: (taken.append(kernel.__name__), run(kernel, *args))[1]
+layer, x = SwitchNorm(8), torch.randn(2, 8, 5, 5, requires_grad=True)
+for _ in range(3):
+    layer(x).sum().backward()
+print(len(taken), len(set(taken)))
+"""
+
+
+def test_kernels_are_looked_up_once():
+    """Triton's own look-up costs ten times a launch; after the first step none is left."""
+    triton = pytest.importorskip('triton', reason='Triton is not installed')
+    if tuple(map(int, triton.__version__.split('.')[:2])) < (3, 3):
+        pytest.skip('compiled kernels of older Triton take other arguments')
+    assert without_interpreter('-c', COUNT_LOOK_UPS).split() == ['6', '5']  # combine serves forward and backward

@@ -258,7 +258,8 @@ class SwitchNorm(nn.InstanceNorm2d):
 
     def _group(self, bn: nn.Module):
         """The process group that the batch moments are taken over, None where this process is alone."""
-        return self._own_group(bn) if batch_statistics.is_synchronised(bn) else None
+        several = dist.is_available() and dist.is_initialized()  # asked first: a module takes long to say no
+        return self._own_group(bn) if several and batch_statistics.is_synchronised(bn) else None
 
     def _own_group(self, bn: nn.Module):
         """The group that ``bn`` was converted for, or all processes; None where there is one process only."""
