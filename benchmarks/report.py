@@ -109,6 +109,21 @@ def model_table(result: dict) -> str:
     return '\n'.join(text)
 
 
+def host_table(result: dict) -> str:
+    """Microseconds of the host for a layer on a GPU: the best of all rounds, and their median."""
+    cells = {(r['samples'], r['name'], r['phase']): r for r in result['rows']}
+    names = list(dict.fromkeys(r['name'] for r in result['rows']))
+    text = [f'## Host time of a layer on a GPU, measured without one, {result["device"]}', '', _conditions(result), '']
+    text += [f'| us, best (median), {result["channels"]} channels | forward | backward | evaluation |']
+    text += ['| :--- | ---: | ---: | ---: |']
+    # torch's norms compute on the CPU here, which is nothing for 2 samples only
+    for samples, name in [(2, name) for name in names] + [(256, 'SN')]:
+        row = [cells[samples, name, phase] for phase in ('forward', 'backward', 'eval')]
+        times = ' | '.join(f'{r["best"]:.0f} ({r["median"]:.0f})' for r in row)
+        text.append(f'| {name}, {samples} samples | {times} |')
+    return '\n'.join(text)
+
+
 def _conditions(result: dict) -> str:
     return (
         f'torch {result["torch"]}, {result["threads"]} threads, load {result["load"]:.1f} at the start, '
@@ -254,7 +269,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     tables = {
         (README, 'tables'): [*map(summary, load('switch_norm_*_float32_contiguous.json'))],
-        (DETAILS, 'tables'): [*map(model_table, load('models_*.json')), *map(layer_tables, load('switch_norm_*.json'))],
+        (DETAILS, 'tables'): [
+            *map(model_table, load('models_*.json')),
+            *map(host_table, load('host_time.json')),
+            *map(layer_tables, load('switch_norm_*.json')),
+        ],
         (README, 'sweep'): [sweep_table(sweep)],
         (SWAPPING, 'sweep'): [sweep_table(sweep)],
         (SWAPPING, 'owners'): [sweep_owners(sweep)],
