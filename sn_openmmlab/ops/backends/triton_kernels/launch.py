@@ -56,7 +56,7 @@ def launch(kernel, plan: Plan, tensors: tuple, *numbers) -> None:
     if known is None:
         compiled = _run(kernel, plan, tensors, numbers)
         if VERSION >= (3, 3):  # before, a compiled kernel takes other arguments
-            tail = tuple(plan.arguments.values())
+            tail = tuple(plan.arguments[name] for name in kernel.arg_names[len(tensors) + len(numbers) :])
             plan.compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, tail
         return
     # what Triton does after its own look-up, which takes ten times as long; hooks of its profiler see the first call
