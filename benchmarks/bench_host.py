@@ -15,19 +15,12 @@ import statistics
 import time
 from pathlib import Path
 
-os.environ['SN_BACKEND'] = 'triton'
-os.environ.pop('TRITON_INTERPRET', None)
-
-import torch  # noqa: E402  (Triton looks at the variables when it is imported)
-import triton.backends.nvidia.driver as nvidia
+import torch
 from torch import nn
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
 from benchmarks.harness import RESULTS, environment, write
 from sn_openmmlab import SwitchNorm
 from sn_openmmlab.ops import backends
-from sn_openmmlab.ops.backends import triton_kernels
 
 CHANNELS = 256
 LAYERS = 20
@@ -58,9 +51,15 @@ class Driver:
     """As much of a driver as compiling and launching ask for."""
 
     utils = NothingToLaunch()
-    launcher_cls = nvidia.CudaLauncher
+
+    def __init__(self) -> None:
+        from triton.backends.nvidia.driver import CudaLauncher
+
+        self.launcher_cls = CudaLauncher
 
     def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
         return GPUTarget('cuda', 90, 32)
 
     def get_current_device(self):
@@ -74,7 +73,14 @@ class Driver:
 
 
 def pretend_to_have_a_gpu() -> None:
-    """Let Triton compile for one, and SN's kernels be launched on CPU tensors."""
+    """Let Triton compile for one, and SN's kernels be launched on CPU tensors; before anything imports Triton."""
+    os.environ['SN_BACKEND'] = 'triton'
+    os.environ.pop('TRITON_INTERPRET', None)
+    import triton.backends.nvidia.driver as nvidia
+    from triton.runtime import driver
+
+    from sn_openmmlab.ops.backends import triton_kernels
+
     nvidia.PyKernelArg = lambda **kwargs: None
     driver.set_active(Driver())
     backends._triton = lambda device, dtype: (triton_kernels, None)

@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -133,6 +134,8 @@ def environment(device: torch.device) -> dict:
 
 
 def _git(*args: str) -> str:
+    if shutil.which('git') is None:
+        return 'unknown'
     return subprocess.run(['git', *args], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
 
 
