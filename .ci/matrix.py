@@ -134,14 +134,16 @@ def install(name: str) -> None:
     run(interpreter(version), '-m', 'venv', '--clear', folder)
     python = folder / 'bin/python'
     pip = [python, '-m', 'pip', 'install', '--quiet']
-    run(*pip, f'torch=={torch}', 'setuptools<81', 'wheel')
+    run(*pip, 'setuptools<81', 'wheel')
+    if line == ONEDL:  # mmcv before torch, with which it would compile its operators; and not into pip's cache
+        run(*pip, 'psutil', 'ninja', 'matplotlib', 'pytest')
+        mmcv = next(r for r in (ROOT / 'requirements/onedl.txt').read_text().split() if r.startswith('onedl-mmcv='))
+        run(*pip, '--no-cache-dir', '--no-build-isolation', '--no-deps', mmcv)
+    run(*pip, f'torch=={torch}')
     if line == UPSTREAM:
         run(*pip, '--requirement', ROOT / 'requirements/upstream.txt')
     else:
-        run(*pip, 'psutil', 'ninja', 'matplotlib', 'pytest')
-        # not cached: a later installation is to have the operators
-        options = ['--no-cache-dir', '--no-build-isolation', '--requirement', ROOT / 'requirements/onedl.txt']
-        run('env', 'MMCV_WITH_OPS=0', *pip, *options)
+        run(*pip, '--no-build-isolation', '--requirement', ROOT / 'requirements/onedl.txt')
     # two packages own cv2, and only the headless one works without libGL
     run(*pip, '--force-reinstall', '--no-deps', 'opencv-python-headless<4.12')
     where = subprocess.check_output([python, '-c', 'import mmcv; print(mmcv.__path__[0])'], text=True).splitlines()[-1]
