@@ -115,7 +115,7 @@ def switch_norm(
         )
     else:
         y, mean, var = switch_norm_reference(x, *parameters, mean_bn, var_bn, normalizers, eps)
-        used = None if mean is None else torch.cat([mean, var, mean.new_zeros(1)]), x.numel() // x.shape[1]
+        used = None if mean is None else torch.cat([mean, var, mean.new_zeros(1)]), x.numel() // max(x.shape[1], 1)
     if batch and statistics is not None:
         with torch.no_grad():
             algebra.update(statistics, *used)
