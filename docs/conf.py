@@ -68,6 +68,8 @@ Engines <docs/engines>
 
 Detectors <configs/mmdet/sn/README>
 Segmentors <configs/mmseg/sn/README>
+ImageNet <configs/mmpretrain/sn/README>
+Kinetics <configs/mmaction2/sn/README>
 benchmarks/README
 Accuracy <benchmarks/accuracy/README>
 ```
