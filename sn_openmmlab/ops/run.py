@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .backends import algebra
 from .backends.interface import Backend, Parameters, Setting, Statistics
 from .formula import moments_dtype
 
@@ -22,7 +21,7 @@ def forward(
     """The output; and the moments of IN, and those of LN and BN, which backward needs."""
     x, size = dense(x), _size(x)
     if not x.numel():
-        return _empty_forward(x, statistics, setting, group)
+        return _empty_forward(x, parameters, statistics, setting, group, backend)
     moments = backend.moments(x)
     shared = None
     if group is not None:
@@ -32,16 +31,18 @@ def forward(
     return backend.affine(x, moments, coefficients), moments, joint
 
 
-def _empty_forward(x, statistics, setting, group):
+def _empty_forward(x, parameters, statistics, setting, group, backend):
     """Of an empty input, which still takes part in the sums of its group."""
     n, c = x.shape[:2]
-    shared = x.new_zeros(2 * c + 1, dtype=torch.float64)
+    moments = x.new_zeros((2, n, c), dtype=moments_dtype(x.dtype))
+    joint = x.new_zeros(2 * (n + c) + 1, dtype=torch.float64)
     if group is not None:
+        shared = x.new_zeros(2 * c + 1, dtype=torch.float64)
         dist.all_reduce(shared, group=group)
-    joint = algebra.joined(shared, n)
-    if statistics is not None and not setting.frozen:
-        algebra.update(statistics, joint, joint[-1])
-    return torch.empty_like(x), x.new_zeros((2, n, c), dtype=moments_dtype(x.dtype)), joint
+        # the kernels of the other processes, so that running statistics stay equal to the bit; for one sample or more
+        stand_in = moments.new_zeros((2, max(n, 1), c))
+        joint = backend.coefficients(stand_in, 1, shared, parameters, statistics, setting)[1][-len(joint) :]
+    return torch.empty_like(x), moments, joint
 
 
 def backward(

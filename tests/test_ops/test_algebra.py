@@ -180,3 +180,13 @@ def test_statistics_that_cpp_does_not_take_move_all_the_same():
         results.append([t.float() for t in statistics[:2]])
     torch.testing.assert_close(results[1], results[0])
     torch.testing.assert_close(results[2], results[0], rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize('backend', ['python', pytest.param('cpp', marks=needs_library), 'triton'])
+def test_statistics_stay_where_the_batches_of_all_processes_are_empty(backend):
+    load, dtype, _ = BACKENDS[backend]
+    statistics = Statistics(torch.zeros(5, dtype=dtype), torch.ones(5, dtype=dtype), torch.tensor(3), 0.1)
+    logits, nothing = torch.zeros(3, dtype=dtype), torch.zeros(2, 1, 5, dtype=dtype)
+    parameters, shared = Parameters(logits, logits, None, None), torch.zeros(11, dtype=torch.float64)
+    load().coefficients(nothing, 1, shared, parameters, statistics, Setting(NORMALIZERS, EPS, False))
+    assert not statistics.mean.any() and (statistics.var == 1).all() and statistics.num_batches_tracked == 3

@@ -110,8 +110,8 @@ def update(statistics: Statistics, joint: Tensor, count: int | Tensor) -> None:
         running.lerp_(new.to(running.dtype), weight.to(running.dtype) if isinstance(weight, Tensor) else weight)
 
 
-def joined(shared: Tensor, samples: int) -> Tensor:
-    """What :func:`coefficients` returns as ``joint``, where LN's moments are of no interest."""
+def _joined(shared: Tensor, samples: int) -> Tensor:
+    """Moments of BN from sums over processes; zeros for LN's."""
     *sums, count = shared.split([(len(shared) - 1) // 2] * 2 + [1])
     mean, square = (t / count.clamp(min=1) for t in sums)
     var = torch.addcmul(square, mean, mean, value=-1).clamp_(min=0)
@@ -159,7 +159,7 @@ def _join(moments: Tensor, size: int, shared: Tensor | None, statistics: Statist
     mean, var = moments.double() if moments.device.type in ('cpu', 'cuda') else moments
     n, c = mean.shape
     if shared is not None:
-        joint = joined(shared, n)
+        joint = _joined(shared, n)
     elif 'bn' not in setting.normalizers:
         joint = mean.new_zeros(2 * (n + c) + 1)
     else:

@@ -136,9 +136,10 @@ FOR_EACH_CPU void share_columns(const Algebra& t, int64_t begin, int64_t end) {
 }
 
 void take_shared(const Algebra& t) {
+    const double count = std::max(*t.count, 1.);  // 0 where the batches of all processes are empty
     for (int64_t c = 0; c < t.channels; ++c) {
-        t.mean_bn[c] = t.shared[c] / *t.count;
-        t.var_bn[c] = std::max(t.shared[t.channels + c] / *t.count - t.mean_bn[c] * t.mean_bn[c], 0.);
+        t.mean_bn[c] = t.shared[c] / count;
+        t.var_bn[c] = std::max(t.shared[t.channels + c] / count - t.mean_bn[c] * t.mean_bn[c], 0.);
     }
 }
 
@@ -279,7 +280,7 @@ void sn_coefficients(const char* block) {
             take_shared(t);
         else
             run(pool_columns, t, t.channels, t.elements(), t.threads);
-        if (t.running_mean) move_statistics(t);
+        if (t.running_mean && *t.count > 0) move_statistics(t);
     }
     run(blend, t, t.samples, t.elements(), t.threads);
 }

@@ -208,9 +208,9 @@ def _coefficients_kernel(
                 mean_bn = _load(running_mean_ptr, c, c < C).to(tl.float64)
                 var_bn = _load(running_var_ptr, c, c < C).to(tl.float64)
             elif shared_ptr is not None:
-                count = tl.load(shared_ptr + 2 * C)
-                mean_bn = _load(shared_ptr, c, c < C) / count
-                var_bn = _load(shared_ptr + C, c, c < C) / count - mean_bn * mean_bn
+                count = tl.load(shared_ptr + 2 * C)  # 0 where the batches of all processes are empty
+                mean_bn = _load(shared_ptr, c, c < C) / tl.where(count > 0, count, 1.0)
+                var_bn = _load(shared_ptr + C, c, c < C) / tl.where(count > 0, count, 1.0) - mean_bn * mean_bn
                 var_bn = tl.where(var_bn < 0, 0.0, var_bn)
             else:
                 mean_bn, var_bn_ = pool_moments(mean, var, inside, 0)
@@ -219,12 +219,13 @@ def _coefficients_kernel(
             tl.store(bn_ptr + C, var_bn, mask=c < C)
             if not FROZEN:
                 if running_mean_ptr is not None:
+                    momentum = tl.where(count > 0, momentum, 0.0)
                     _move(running_mean_ptr, mean_bn, momentum, c, C)
                     _move(running_var_ptr, var_bn * (count / tl.where(count > 1, count - 1, 1.0)), momentum, c, C)
         if tl.program_id(0) == 0:
             tl.store(joint_ptr + 2 * N + 2 * C, count)
             if tracked_ptr is not None:
-                tl.store(tracked_ptr, tl.load(tracked_ptr) + 1)
+                tl.store(tracked_ptr, tl.load(tracked_ptr) + (count > 0))
         if LN < 0:
             mean_ln, var_ln = mean, var
         elif PART == 'by column':
