@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from mmengine.logging import print_log
@@ -17,7 +18,7 @@ from torch import Tensor
 from ..layers import SwitchNorm
 from ..layers.state_dict import AUTHORS_NAMES
 from . import names
-from .read import read_checkpoint, state_dict_in
+from .read import MapLocation, read_checkpoint, state_dict_in
 
 SCHEME = 'switchnorm://'
 TARGETS = ('mmdet', 'mmseg', 'mmpretrain')
@@ -148,7 +149,7 @@ def convert_checkpoint(
     return result, report
 
 
-def load_from_switchnorm(filename: str, map_location=None) -> dict:
+def load_from_switchnorm(filename: str, map_location: MapLocation = None) -> dict[str, Any]:
     """Read and convert ``switchnorm://PATH``, and log what became of the keys."""
     try:
         content = read_checkpoint(re.sub(f'^{SCHEME}', '', filename), map_location)
@@ -238,7 +239,8 @@ def _place(name: str) -> str:
 def _started(tensors: dict[str, Tensor], init_ratios: Sequence[float]) -> dict[str, Tensor]:
     """Logits, weight and bias of a layer that starts from a BatchNorm's tensors."""
     layer = SwitchNorm(tensors['running_mean'].numel(), init_ratios=init_ratios)
-    return layer.start_from(*map(tensors.get, ('weight', 'bias', 'running_mean', 'running_var')))
+    mean, var = tensors['running_mean'], tensors['running_var']
+    return layer.start_from(tensors.get('weight'), tensors.get('bias'), mean, var)
 
 
 def _switch_norm(module: str, tensors: dict[str, Tensor], report: Report) -> dict[str, tuple[str, Tensor]]:
@@ -267,7 +269,7 @@ def _reordered(new: str, tensors: dict[str, Tensor], modules: names.Modules, rep
     Detectron's class 0 is the background. mmdet has it last in the scores, and no boxes and masks of it.
     """
 
-    def size(module):
+    def size(module: str) -> int:
         return len(modules.get(module, {}).get('weight', ()))
 
     classes, anchors = size('Box_Outs.cls_score'), size('RPN.RPN_bbox_pred') // 4
@@ -308,7 +310,12 @@ def _missing(result: dict[str, Tensor], source: str) -> list[str]:
             before = f'{stage}.{number - 1}' if number else f'{max(stage - 1, 1)}.0'
             wanted.append(f'{block[1]}{before}{block[4]}')
     missing = [key for key in dict.fromkeys(wanted) if key not in result]
-    parts = ('backbone.conv1', 'rpn_head.rpn_cls', 'roi_head.bbox_head.fc_cls', 'roi_head.bbox_head.fc_reg')
+    parts: tuple[str, ...] = (
+        'backbone.conv1',
+        'rpn_head.rpn_cls',
+        'roi_head.bbox_head.fc_cls',
+        'roi_head.bbox_head.fc_reg',
+    )
     if any(key.startswith('roi_head.mask_head.') for key in result):
         parts += ('roi_head.mask_head.conv_logits',)
     return missing + [f'{part}.weight' for part in parts if source == 'detectron' and f'{part}.weight' not in result]

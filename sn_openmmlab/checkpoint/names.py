@@ -59,7 +59,7 @@ def switch_norm(modules: Modules, target: str) -> Rules:
     """
     prefix = 'backbone.' if target == 'mmpretrain' or has_decoder(modules) else ''
 
-    def deep_stem(match):
+    def deep_stem(match: re.Match) -> str:
         i = int(match[2]) - 1
         if target == 'mmpretrain':
             return f'{prefix}stem.{i}.{"conv" if match[1] == "conv" else "bn"}'
@@ -135,7 +135,7 @@ def _level(modules: Modules, new: str, first: int) -> Callable[[re.Match], str]:
 def _stacked(modules: Modules, new: str) -> Callable[[re.Match], str]:
     """Of a sequence of convolutions, norms and ReLUs; mmcv has one ConvModule for each convolution."""
 
-    def name(match):
+    def name(match: re.Match) -> str:
         prefix, number = match[1], int(match[2])
         earlier = [f'{prefix}{i}' for i in range(number + 1) if f'{prefix}{i}' in modules]
         convolutions = [module for module in earlier if 'mean_weight' not in modules[module]]
@@ -147,7 +147,7 @@ def _stacked(modules: Modules, new: str) -> Callable[[re.Match], str]:
 def _shared_stage(modules: Modules) -> Callable[[re.Match], str]:
     """Of the mask head's res5, which mmdet has only where it is the box head's."""
 
-    def reason(match):
+    def reason(match: re.Match) -> str:
         own, box = modules[match[0]], modules.get(match[0].replace('Mask_Head', 'Box_Head'), {})
         if not all(name in box and torch.equal(value, box[name]) for name, value in own.items()):
             raise ValueError(f"{match[0]} is not the box head's: mmdet has one res5 for boxes and masks")

@@ -19,7 +19,9 @@ import types
 import zipfile
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager
+from typing import IO, Any, ClassVar, Dict, Optional, SupportsIndex, Union
 
 import numpy as np
 import torch
@@ -34,17 +36,18 @@ from torch._weights_only_unpickler import _get_allowed_globals
 from ..ops.torch_versions import VERSION
 
 TRUST = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'  # torch's own switch: unpickle whatever a file holds
+MapLocation = Optional[Union[str, torch.device, Dict[str, str]]]
 NO_DATA = 'a TorchScript archive, or one of torch 0.1, which cannot be read as data'
 
 
-def read_state_dict(path: str, map_location=None) -> dict[str, Tensor]:
+def read_state_dict(path: str, map_location: MapLocation = None) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint file, which may be all that it holds, or its ``state_dict`` or ``model``.
 
     Nothing makes this run code, ``TRUST`` included.
 
     Args:
         path (str): The file.
-        map_location: As :func:`torch.load`'s. Defaults to None, the CPU.
+        map_location (str, torch.device or dict, optional): As :func:`torch.load`'s. Defaults to None, the CPU.
 
     Returns:
         dict[str, Tensor]: The tensors by name.
@@ -56,7 +59,7 @@ def read_state_dict(path: str, map_location=None) -> dict[str, Tensor]:
     return dict(state_dict_in(read_checkpoint(path, map_location)))
 
 
-def read_checkpoint(path: str, map_location=None) -> object:
+def read_checkpoint(path: str, map_location: MapLocation = None) -> object:
     """Read all that a checkpoint file holds; else as :func:`read_state_dict`."""
     try:
         with _allowing():
@@ -78,9 +81,9 @@ def read_checkpoint(path: str, map_location=None) -> object:
 def state_dict_in(content: object) -> MutableMapping[str, Tensor]:
     """The state dict of what :func:`read_checkpoint` returned, itself and no copy."""
     for name in 'state_dict', 'model':
-        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+        if isinstance(content, MutableMapping) and isinstance(content.get(name), MutableMapping):
             content = content[name]
-    if not isinstance(content, Mapping):
+    if not isinstance(content, MutableMapping):
         raise ValueError(f'it holds a {type(content).__name__}, not a state dict')
     others = [
         str(name) for name, value in content.items() if not isinstance(name, str) or not isinstance(value, Tensor)
@@ -118,7 +121,7 @@ def trusted() -> bool:
     return os.environ.get(TRUST, '0').lower() in ('1', 'y', 'yes', 'true')
 
 
-def load_local(file, map_location=None) -> dict:
+def load_local(file: str | IO[bytes], map_location: MapLocation = None) -> Any:
     """Read a checkpoint file, given by name or opened."""
     file = os.path.expanduser(file) if isinstance(file, str) else file
     try:
@@ -131,20 +134,21 @@ def load_local(file, map_location=None) -> dict:
 
 
 @contextlib.contextmanager
-def _own_unpickler(file):
+def _own_unpickler(file: str | IO[bytes]) -> Iterator[None]:
     """Within it torch reads data by the unpickler below; not as ``pickle_module``, which torch 1.13 ignores."""
     with open(file, 'rb') if isinstance(file, str) else contextlib.nullcontext(file) as opened:
         if _is_archive(opened):  # which torch reads in other ways
             raise pickle.UnpicklingError(NO_DATA)
-    theirs = torch.serialization._weights_only_unpickler
-    torch.serialization._weights_only_unpickler = types.SimpleNamespace(Unpickler=_Unpickler, load=_load)
+    serialization: Any = torch.serialization
+    theirs = serialization._weights_only_unpickler
+    serialization._weights_only_unpickler = types.SimpleNamespace(Unpickler=_Unpickler, load=_load)
     try:
         yield
     finally:
-        torch.serialization._weights_only_unpickler = theirs
+        serialization._weights_only_unpickler = theirs
 
 
-def _is_archive(opened) -> bool:
+def _is_archive(opened: IO[bytes]) -> bool:
     try:
         tarfile.open(fileobj=opened).close()
         return True
@@ -156,11 +160,11 @@ def _is_archive(opened) -> bool:
         opened.seek(0)
 
 
-def _without_config(load):
+def _without_config(load: Callable[..., Any]) -> Callable[..., Any]:
     """Let a loader leave out the text of a config in Python, which Runner.resume would run to compare GPU numbers."""
 
     @functools.wraps(load)
-    def load_checkpoint(*args, **kwargs):
+    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
         content = load(*args, **kwargs)
         meta = content.get('meta') if isinstance(content, Mapping) else None
         if isinstance(meta, MutableMapping):
@@ -177,7 +181,8 @@ _LATER = {'_codecs.encode': codecs.encode, 'builtins.set': set, 'collections.Cou
 class _Unpickler(pickle._Unpickler):
     """An unpickler, in Python as torch's own, that knows nothing but data."""
 
-    dispatch = dict(pickle._Unpickler.dispatch)
+    stack: list[Any]
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> object:
         full = f'{module}.{name}'.replace('__builtin__.', 'builtins.')  # as Python 2 named them
@@ -189,16 +194,16 @@ class _Unpickler(pickle._Unpickler):
     def load_build(self) -> None:
         if callable(self.stack[-2]):
             raise pickle.UnpicklingError(f'class {self.stack[-2]!r} would be changed')
-        super().load_build()
+        super().load_build()  # type: ignore[misc]  # typeshed leaves it out
 
     dispatch[pickle.BUILD[0]] = load_build
 
 
-def _load(*args, **kwargs) -> object:
+def _load(*args: Any, **kwargs: Any) -> object:
     return _Unpickler(*args, **kwargs).load()
 
 
-def _allowing():
+def _allowing() -> AbstractContextManager:
     """Within it torch reads what is harmless. What was allowed for good stays so, which torch itself would forget."""
     if VERSION < (2, 6):
         return contextlib.nullcontext()
@@ -210,7 +215,7 @@ def _allowed() -> list:
     return [(stand_in, name) for name, stand_in in HARMLESS.items()]
 
 
-def method(owner: type, name: str):
+def method(owner: object, name: str) -> object:
     """In place of ``getattr``, by which functions inside a class are named: only those that mmengine saves."""
     functions = {
         HistoryBuffer: ('min', 'max', 'current', 'mean'),
@@ -247,11 +252,11 @@ class Array(np.ndarray):
         except (AttributeError, MemoryError, TypeError, ValueError) as error:
             raise pickle.UnpicklingError(f'class numpy.ndarray of shape {shape} and {type(dtype)}: {error}') from error
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         return self.view(np.ndarray).__reduce_ex__(protocol)
 
 
-def array(*_) -> Array:
+def array(*_: object) -> Array:
     """In place of numpy's ``_reconstruct``, after which the state comes."""
     return Array()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +28,13 @@ class BatchNorm2d(nn.BatchNorm2d):
         self.__dict__['_layer'] = weakref.ref(layer)  # a strong one would keep models in memory until a collection
 
     @property
-    def weight(self) -> Tensor | None:
+    def weight(self) -> Tensor | None:  # type: ignore[override]  # torch annotates an attribute
         """The layer's weight."""
         layer = self._owner()
         return _share(layer.weight, layer.mean_weight, layer.var_weight)
 
     @property
-    def bias(self) -> Tensor | None:
+    def bias(self) -> Tensor | None:  # type: ignore[override]
         """The layer's bias."""
         return _share(self._owner().bias)
 
@@ -51,20 +52,23 @@ class BatchNorm2d(nn.BatchNorm2d):
                 shared.requires_grad_(requires_grad)
         return self
 
-    def _owner(self) -> nn.Module:
+    def _owner(self) -> Any:
+        """The SN layer that this belongs to."""
         layer = self.__dict__.get('_layer', lambda: None)()
         if layer is None:  # torch then finds None, the parameters of a BatchNorm without any
             raise AttributeError('this BatchNorm2d belongs to no SwitchNorm')
         return layer
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != '_layer'}
 
 
 class _Shared(Tensor):
     """The memory of a parameter, and the ``requires_grad`` of it and others."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch's Parameter
+
+    _parameters: tuple[nn.Parameter, ...]
 
     @property
     def requires_grad(self) -> bool:
@@ -88,7 +92,7 @@ def _share(parameter: nn.Parameter | None, *others: nn.Parameter) -> Tensor | No
     return shared
 
 
-def holder(bn: nn.Module) -> nn.Module:
+def holder(bn: nn.Module) -> Any:
     """The module that has the running statistics: ``bn`` itself, or what wrappers such as FSDP's have inside."""
     if 'running_mean' in bn._buffers:
         return bn
@@ -101,7 +105,7 @@ def holder(bn: nn.Module) -> nn.Module:
     )
 
 
-def statistics(bn: nn.Module) -> dict:
+def statistics(bn: Any) -> dict[str, Any]:
     """Arguments of :func:`.switch_norm`; ``group`` remains to be found where ``training``."""
     # FrozenBatchNorm2d of torchvision, detectron2 and timm are in training mode with the model, but have no momentum
     training = bn.training and hasattr(bn, 'momentum')
@@ -116,7 +120,7 @@ def statistics(bn: nn.Module) -> dict:
     )
 
 
-def group_of(bn: nn.Module):
+def group_of(bn: nn.Module) -> torch.distributed.ProcessGroup | None:
     """The process group that a synchronised BatchNorm was made for; None where it is all processes, or none was."""
     return getattr(bn, 'process_group', None)
 

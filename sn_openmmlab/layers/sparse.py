@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from mmengine.registry import MODELS
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops.sparsestmax import softmax_of_sparsestmax, sparsestmax
 from . import batch_statistics
@@ -77,11 +77,12 @@ class SparseSwitchNorm(SwitchNorm):
         self._look_up()
         return self
 
-    def _normalize(self, x: Tensor, bn: nn.Module | None) -> Tensor:
+    def _normalize(self, x: Tensor, bn: Any) -> Tensor:
         learns = torch.is_grad_enabled() and (self.mean_weight.requires_grad or self.var_weight.requires_grad)
         alone = self._taken[0] if len(self._taken) == 1 and (self.affine or not learns) else None
-        weight = self.weight
-        if alone and learns:  # the logits' gradient is 0, but awaited: by DistributedDataParallel
+        weight: Tensor | None = self.weight
+        if alone and learns and weight is not None:
+            # the logits' gradient is 0, but DistributedDataParallel waits for it
             weight = weight + 0 * (self.mean_weight + self.var_weight).sum()
         own = batch_statistics.statistics(bn) if alone == 'bn' else {}
         if own and not own['training'] and own['running_mean'] is not None:
@@ -112,7 +113,7 @@ class SparseSwitchNorm(SwitchNorm):
             logits = logits[:, [self.normalizers.index(name) for name in self._taken]]
         return self._taken, *logits
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load as SN does; SN's own logits become its ratios, and ``radius``, which neither it nor BN has, 0."""
         if prefix + 'radius' not in state_dict and any(key.startswith(prefix) for key in state_dict):
             state_dict[prefix + 'radius'] = torch.zeros_like(self.radius)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
 NEAR = 0.001  # the ratio of each normalizer beside BN in layers that start near BatchNorm
@@ -12,7 +15,7 @@ def equal_ratios(normalizers: tuple[str, ...]) -> tuple[float, ...]:
     return (1 / len(normalizers),) * len(normalizers)
 
 
-def start_ratios(normalizers: tuple[str, ...], init_ratios) -> tuple[float, ...]:
+def start_ratios(normalizers: tuple[str, ...], init_ratios: Sequence[float] | None) -> tuple[float, ...]:
     """Importance ratios of a layer whose weights come from a BatchNorm: those named, else near BatchNorm's.
 
     So near that the network answers as it did with BatchNorm. Without 'bn' there is nothing near it: equal ones.
@@ -76,7 +79,7 @@ def correct_for_blend(
     return (wide * scale).to(weight.dtype), (bias.double() - wide * shift).to(bias.dtype)
 
 
-def like(value: Tensor, other: Tensor) -> Tensor:
+def like(value: Tensor, other: Any) -> Tensor:
     """``value``, split over processes as ``other`` is where that is a DTensor."""
     if hasattr(other, 'placements'):  # FSDP2's; running statistics are whole in every process
         from torch.distributed.tensor import distribute_tensor

@@ -26,7 +26,9 @@ def computable(*values: object) -> bool:
     return len(dense) == len(values) and not any(v.is_nested for v in dense) and len({v.device for v in dense}) < 2
 
 
-def note_start(load: object, normalizers: tuple[str, ...], ratios: tuple[float, ...], named: bool, corrected: bool):
+def note_start(
+    load: object, normalizers: tuple[str, ...], ratios: tuple[float, ...], named: bool, corrected: bool
+) -> None:
     """Remember that a layer took a BatchNorm's weights, to be said once a load, of all its layers.
 
     ``load`` is one object throughout a load, such as the list of missing keys. A layer does not see the end of the load

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -94,9 +94,11 @@ class SwitchNorm(nn.InstanceNorm2d):
 
     normalizers: tuple[str, ...]
     init_ratios: tuple[float, ...] | None
+    correction: bool
     mean_weight: nn.Parameter
     var_weight: nn.Parameter
     bn: Any  # a BatchNorm, or what others put in its place; None without BN
+    _eps: float  # without BN
 
     def __init__(
         self,
@@ -181,7 +183,9 @@ class SwitchNorm(nn.InstanceNorm2d):
                 self.bn.reset_running_stats()
 
     @torch.no_grad()
-    def start_from(self, weight, bias, mean, var, load: object = None) -> dict[str, Tensor]:
+    def start_from(
+        self, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, load: object = None
+    ) -> dict[str, Tensor]:
         """Parameters to begin with where weights come from a BatchNorm: of weight, bias and running moments (C,).
 
         The importance ratios are ``init_ratios``, or without them nearly BatchNorm's; weight and bias are corrected for
@@ -231,7 +235,7 @@ class SwitchNorm(nn.InstanceNorm2d):
             return batch_statistics.call(bn, input, lambda x: self._normalize(x, bn))
         return self._normalize(input, bn)
 
-    def _normalize(self, x: Tensor, bn: nn.Module | None) -> Tensor:
+    def _normalize(self, x: Tensor, bn: Any) -> Tensor:
         """Normalize by the statistics that ``bn`` has."""
         self._check_input_dim(x)
         normalizers, mean_weight, var_weight = self._choice()
@@ -245,7 +249,8 @@ class SwitchNorm(nn.InstanceNorm2d):
 
     def _leaf(self, x: torch.fx.Proxy) -> torch.fx.Proxy:
         """One call of this module in a symbolic trace, which must not keep the mode that it was taken in."""
-        return x.tracer.create_proxy('call_module', x.tracer.path_of_module(self), (x,), {})
+        tracer: Any = x.tracer
+        return tracer.create_proxy('call_module', tracer.path_of_module(self), (x,), {})
 
     def _choice(self) -> tuple[tuple[str, ...], Tensor, Tensor]:
         """The normalizers to compute, and the logits of their importance ratios."""
@@ -256,19 +261,20 @@ class SwitchNorm(nn.InstanceNorm2d):
         bn = getattr(self, 'bn', None)
         return None if bn is None else batch_statistics.holder(bn)
 
-    def _group(self, bn: nn.Module):
+    def _group(self, bn: nn.Module) -> dist.ProcessGroup | None:
         """The process group that the batch moments are taken over, None where this process is alone."""
         several = dist.is_available() and dist.is_initialized()  # asked first: a module takes long to say no
         return self._own_group(bn) if several and batch_statistics.is_synchronised(bn) else None
 
-    def _own_group(self, bn: nn.Module):
+    def _own_group(self, bn: nn.Module) -> dist.ProcessGroup | None:
         """The group that ``bn`` was converted for, or all processes; None where there is one process only."""
         if not (dist.is_available() and dist.is_initialized()):
             return None
         group = batch_statistics.group_of(bn) or dist.group.WORLD
         return group if dist.get_world_size(group) > 1 else None
 
-    def __setstate__(self, state: dict) -> None:  # of copies and pickles, whose child has forgotten whose it is
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy or a pickle, whose child has forgotten whose it is."""
         super().__setstate__(state)
         bn = self._statistics()
         if isinstance(bn, batch_statistics.BatchNorm2d):
@@ -285,13 +291,22 @@ class SwitchNorm(nn.InstanceNorm2d):
                 f'has {x.shape[1]} channels (dimension 1)'
             )
 
-    def __prepare_scriptable__(self):
+    def __prepare_scriptable__(self) -> NoReturn:
         raise NotImplementedError(
             f'{type(self).__name__} cannot be compiled by torch.jit.script; record it: '
             'torch.jit.trace(model.eval(), example_input)'
         )
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         """Load this layer's own keys, or BatchNorm's, or the authors' flat ones of shape (1, C, 1, 1)."""
         if not any(key.startswith(prefix) for key in state_dict):
             refuse_authors_names(unexpected_keys)
@@ -303,23 +318,24 @@ class SwitchNorm(nn.InstanceNorm2d):
             if flat in state_dict and (anew or self.bn is not None):
                 state_dict[prefix + name] = state_dict.pop(flat)
         for name in names[:4]:
-            value = state_dict.get(prefix + name)
+            value: Any = state_dict.get(prefix + name)
             if computable(value) and value.shape[1:2] == (self.num_features,) and value.numel() == self.num_features:
                 state_dict[prefix + name] = value.reshape(-1)
         if prefix + 'radius' in state_dict and 'radius' not in self._buffers:
-            radius, *of_ssn = (state_dict.get(name) for name in (prefix + 'radius', *logits))
+            radius: Any = state_dict.get(prefix + 'radius')
+            of_ssn: list[Any] = [state_dict.get(name) for name in logits]
             if computable(radius, *of_ssn) and radius.numel() == 1 and all(v.dim() == 1 and len(v) for v in of_ssn):
                 del state_dict[prefix + 'radius']
                 state_dict.update({k: softmax_of_sparsestmax(v, radius) for k, v in zip(logits, of_ssn)})
-        values = [state_dict.get(prefix + name) for name in names[:4]]
-        given = [value for value in values if value is not None]
+        weight, bias, mean, var = (state_dict.get(prefix + name) for name in names[:4])
+        given = [value for value in (weight, bias, mean, var) if value is not None]
         fitting = computable(*given) and all(value.shape == (self.num_features,) for value in given)
-        if anew and fitting and values[2] is not None and values[3] is not None:
-            start = self.start_from(*values, load=missing_keys)
+        if anew and fitting and mean is not None and var is not None:
+            start = self.start_from(weight, bias, mean, var, load=missing_keys)
             state_dict.update({prefix + name: value for name, value in start.items()})
             for name in names[2:] if self.bn is None else ():
                 state_dict.pop(prefix + name, None)
-        elif anew and values[0] is not None and values[2] is None and self.bn is not None:
+        elif anew and weight is not None and mean is None and self.bn is not None:
             warn_of_no_statistics(missing_keys, prefix.rstrip('.'))
         found = [state_dict[name] for name in logits if computable(state_dict.get(name))]
         explain_sizes(found, self.normalizers, error_msgs)
@@ -354,7 +370,7 @@ class SwitchNorm3d(SwitchNorm):
     _ranks = (5,)
 
 
-def _checked_normalizers(normalizers) -> tuple[str, ...]:
+def _checked_normalizers(normalizers: object) -> tuple[str, ...]:
     names = (normalizers,) if isinstance(normalizers, str) else normalizers
     names = tuple(names) if isinstance(names, (tuple, list)) else ()  # a set has no order
     if not names or names != tuple(name for name in NORMALIZERS if name in names):
@@ -364,11 +380,11 @@ def _checked_normalizers(normalizers) -> tuple[str, ...]:
     return names
 
 
-def _check_ratios(normalizers: tuple[str, ...], ratios) -> None:
+def _check_ratios(normalizers: tuple[str, ...], ratios: object) -> None:
     if ratios is None:
         return
     values = list(ratios) if isinstance(ratios, Iterable) else []
-    numbers = all(isinstance(value, Real) and value >= 0 for value in values)
+    numbers = all(isinstance(value, Real) and float(value) >= 0 for value in values)
     if len(values) != len(normalizers) or not numbers or not abs(sum(values) - 1) <= 1e-6:
         raise ValueError(
             f'init_ratios must be {len(normalizers)} non-negative numbers that sum to 1, '

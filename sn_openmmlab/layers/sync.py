@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from numbers import Integral
+from typing import Any
 
 import torch.distributed as dist
 from mmengine.registry import MODELS
@@ -32,7 +33,7 @@ class SyncSN(SwitchNorm):
         ValueError: If an argument is wrong, or ``group_size`` does not divide the world size.
     """
 
-    def __init__(self, num_features: int, *args, group_size: int | None = None, **kwargs) -> None:
+    def __init__(self, num_features: int, *args: Any, group_size: int | None = None, **kwargs: Any) -> None:
         if group_size is not None and not (isinstance(group_size, Integral) and group_size >= 1):
             raise ValueError(f'group_size must be a whole number of at least 1, or None for all, got {group_size!r}')
         self.group_size = group_size
@@ -41,7 +42,7 @@ class SyncSN(SwitchNorm):
             raise ValueError(f"SyncSN synchronises batch statistics, but normalizers={self.normalizers}; use type='SN'")
         self._group(self.bn)  # groups are made by all processes together, and surely all of them are here
 
-    def _group(self, bn: nn.Module):
+    def _group(self, bn: nn.Module) -> dist.ProcessGroup | None:
         group = self._own_group(bn)
         if group is None or self.group_size is None or batch_statistics.group_of(bn) is not None:
             return group
@@ -53,7 +54,7 @@ class SyncSN(SwitchNorm):
 
 
 @functools.lru_cache
-def _subgroup(group_size: int, world):
+def _subgroup(group_size: int, world: dist.ProcessGroup) -> dist.ProcessGroup:
     """The group of this rank and its neighbours; made once for all layers, since each group holds a communicator."""
     size = dist.get_world_size(world)
     if size % group_size:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-import typing
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from ..norms import is_norm, own_modules, part_of
 GENERIC = ('torch.', 'mmcv.cnn.bricks.', 'mmengine.')  # where layers come from that only do what their owner says
 
 
-class Norm(typing.NamedTuple):
+class Norm(NamedTuple):
     """A norm layer before and after.
 
     Attributes:
@@ -76,9 +77,10 @@ class _LanguageModel(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        body: Any = nn.Module()
+        body.language_dim = 768
         self.language_backbone = nn.Module()
-        self.language_backbone.body = nn.Module()
-        self.language_backbone.body.language_dim = 768
+        self.language_backbone.body = body
 
 
 # what loads weights, or needs another package or file, while it is built, and has no norm that this config chooses
@@ -92,7 +94,7 @@ BARE = {
 }
 
 
-def _bare(node):
+def _bare(node: Any) -> Any:
     if isinstance(node, dict):
         bare = {key: copy.deepcopy(BARE[key]) if key in BARE else _bare(v) for key, v in node.items()}
         if bare.get('pretrained') is True:  # timm's backbones load while they are built
@@ -110,19 +112,19 @@ def _owner(model: nn.Module, name: str) -> str:
     return type(model).__name__
 
 
-def _channels(norm: nn.Module):
+def _channels(norm: nn.Module) -> object:
     sizes = (getattr(norm, name, None) for name in ('num_features', 'num_channels', 'normalized_shape'))
     return next((size for size in sizes if size is not None), None)
 
 
-def _weights(module: nn.Module) -> list:
+def _weights(module: nn.Module) -> list[tuple[str, torch.Size, bool]]:
     return [(name, p.shape, p.requires_grad) for name, p in module.named_parameters(recurse=False)]
 
 
 class _Hollow(TorchFunctionMode):
     """Within it ``torch.empty``, which torch's layers make their weights with, takes no memory."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.empty:
             kwargs['device'] = 'meta'
@@ -130,7 +132,7 @@ class _Hollow(TorchFunctionMode):
 
 
 @contextmanager
-def _one_process():
+def _one_process() -> Iterator[None]:
     """A group of this process alone, which mmcv's SyncBatchNorm asks for when it is made, if there is none."""
     if not dist.is_available() or dist.is_initialized():
         yield

@@ -10,8 +10,9 @@ import copy
 import functools
 import inspect
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import mmengine.registry
 from mmengine.config import Config
@@ -58,7 +59,11 @@ class Swap:
 
 
 def swap_norm(
-    cfg: Config, to: str = 'SN', parts: Collection[str] = PARTS, statistics: str | None = None, init_ratios=None
+    cfg: Config,
+    to: str = 'SN',
+    parts: Collection[str] = PARTS,
+    statistics: str | None = None,
+    init_ratios: Sequence[float] | None = None,
 ) -> Config:
     """A copy of a config whose model has another norm.
 
@@ -108,7 +113,11 @@ def swap_norm(
 
 
 def plan_swap(
-    cfg: Config, to: str = 'SN', parts: Collection[str] = PARTS, statistics: str | None = None, init_ratios=None
+    cfg: Config,
+    to: str = 'SN',
+    parts: Collection[str] = PARTS,
+    statistics: str | None = None,
+    init_ratios: Sequence[float] | None = None,
 ) -> Swap:
     """As :func:`swap_norm`, and tell what changes and what does not; nothing to change is no error here."""
     parts = (parts,) if isinstance(parts, str) else tuple(parts)
@@ -116,12 +125,12 @@ def plan_swap(
     to, norm_eval = _checked(cfg, to, parts, statistics, init_ratios)
     recipe = statistics is None and to in ('SN', 'SyncSN')
 
-    def rewritten(refused: Collection[str] = (), added: Collection[str] = ()):
+    def rewritten(refused: Collection[str] = (), added: Collection[str] = ()) -> tuple[Any, _Walk]:
         walk = _Walk(to, parts, norm_eval, init_ratios, refused, added, learns=recipe or norm_eval is False)
         with DefaultScope.overwrite_default_scope(scope_of(cfg)):
             return walk.visit(cfg.model), walk
 
-    def outcome(*places: Collection[str]):
+    def outcome(*places: Collection[str]) -> list[Norm]:
         return compare(before, build(cfg, rewritten(*places)[0]))
 
     try:
@@ -152,7 +161,7 @@ def plan_swap(
         norms = outcome(refused)
     swap = _told(cfg, rewritten(refused)[0], to, parts, norms, refused)
     if swap.left:
-        added = []
+        added: list[str] = []
         for place in bare:  # arguments for a class that cannot be looked at: does it take a norm?
             with contextlib.suppress(Exception):
                 more = outcome(refused, [*added, place])
@@ -169,7 +178,14 @@ class _Walk:
     """One walk through a model's config that rewrites norms, and remembers where."""
 
     def __init__(
-        self, to: str, parts, norm_eval: bool | None = None, init_ratios=None, refused=(), added=(), learns=False
+        self,
+        to: str,
+        parts: Collection[str],
+        norm_eval: bool | None = None,
+        init_ratios: Sequence[float] | None = None,
+        refused: Collection[str] = (),
+        added: Collection[str] = (),
+        learns: bool = False,
     ) -> None:
         self.to, self.parts, self.norm_eval, self.init_ratios = to, parts, norm_eval, init_ratios
         self.refused, self.added = refused, added
@@ -178,16 +194,16 @@ class _Walk:
         self.bare: list[str] = []  # dicts of arguments for a class that no registry knows
         self.frozen = False  # whether some backbone has norm_eval
 
-    def visit(self, node, place: str = '', scope: str | None = None):
+    def visit(self, node: Any, place: str = '', scope: str | None = None) -> Any:
         """``node`` with its norms rewritten; itself where nothing changes."""
         if isinstance(node, (list, tuple)):
-            new = [self.visit(item, f'{place}.{i}', scope) for i, item in enumerate(node)]
-            return type(node)(new) if any(a is not b for a, b in zip(new, node)) else node
+            items = [self.visit(item, f'{place}.{i}', scope) for i, item in enumerate(node)]
+            return type(node)(items) if any(a is not b for a, b in zip(items, node)) else node
         if not isinstance(node, dict):
             return node
         scope = node.get('_scope_') or scope
-        cls = _class(node['type'], scope) if 'type' in node else None
-        if inspect.isclass(cls) and (is_switchable(cls) or issubclass(cls, SwitchNorm)):
+        cls: Any = _class(node['type'], scope) if 'type' in node else None
+        if _is_swappable(cls):
             return self.rewrite(node, cls, place.lstrip('.'))
         accepted = _defaults(cls) if cls else {}
         new = {
@@ -233,7 +249,9 @@ class _Walk:
         return type(norm)(new)
 
 
-def _checked(cfg: Config, to: str, parts: tuple[str, ...], statistics: str | None, init_ratios):
+def _checked(
+    cfg: Config, to: str, parts: tuple[str, ...], statistics: str | None, init_ratios: Sequence[float] | None
+) -> tuple[str, bool | None]:
     """The type to write, and ``norm_eval`` where it is to be set."""
     if to not in TARGETS:
         raise ValueError(f'to must be one of {TARGETS}, got {to!r}')
@@ -253,10 +271,12 @@ def _checked(cfg: Config, to: str, parts: tuple[str, ...], statistics: str | Non
         raise ValueError("statistics='frozen' freezes those of a pretrained backbone, which is not among the parts")
     if statistics == 'synced':
         to = {'SN': 'SyncSN', 'BN': 'SyncBN'}.get(to, to)
-    return to, {'train': False, 'synced': False, 'frozen': True}.get(statistics)
+    return to, None if statistics is None else statistics == 'frozen'
 
 
-def _told(cfg: Config, model: dict, to: str, parts: tuple[str, ...], norms: list[Norm], refused) -> Swap:
+def _told(
+    cfg: Config, model: dict, to: str, parts: tuple[str, ...], norms: list[Norm], refused: dict[str, str]
+) -> Swap:
     """The changed config, and the layers by what became of them."""
     swap = Swap(copy.deepcopy(cfg), refused=refused)
     for norm in norms:
@@ -289,7 +309,7 @@ def _told(cfg: Config, model: dict, to: str, parts: tuple[str, ...], norms: list
 def _is_pretrained(cfg: Config) -> bool:
     """Whether the backbone starts from a checkpoint, its own or the whole model's."""
 
-    def visit(node, place: str) -> bool:
+    def visit(node: Any, place: str) -> bool:
         if isinstance(node, (list, tuple)):
             return any(visit(item, place) for item in node)
         if not isinstance(node, dict):
@@ -311,9 +331,9 @@ def _better_frozen(cfg: Config, model: nn.Module) -> bool:
 
 
 @functools.lru_cache(None)
-def _defaults(cls: type | Callable) -> dict:
+def _defaults(cls: Callable) -> dict[str, Any]:
     """Arguments that a class accepts by name, also through ``**kwargs`` of its bases, with their defaults."""
-    found = {}
+    found: dict[str, Any] = {}
     for base in cls.__mro__ if inspect.isclass(cls) else (cls,):
         init = base.__dict__.get('__init__') if inspect.isclass(base) else base
         if init is None:
@@ -326,6 +346,11 @@ def _defaults(cls: type | Callable) -> dict:
     return found
 
 
+def _is_swappable(cls: Any) -> bool:
+    """Whether a ``type`` means a norm layer that SN can stand in place of, or SN."""
+    return inspect.isclass(cls) and (is_switchable(cls) or issubclass(cls, SwitchNorm))
+
+
 def _is(cls: type, to: str) -> bool:
     """Whether a class of layers is the norm that ``to`` names, of any number of dimensions."""
     if to == 'BN':
@@ -333,7 +358,7 @@ def _is(cls: type, to: str) -> bool:
     return issubclass(cls, {'SN': SwitchNorm, 'SyncSN': SyncSN, 'GN': nn.GroupNorm, 'SyncBN': nn.SyncBatchNorm}[to])
 
 
-def _class(kind, scope: str | None):
+def _class(kind: Any, scope: str | None) -> Any:
     """The class or function that a ``type`` means, None if it is not of a model."""
     if not isinstance(kind, str):
         return kind

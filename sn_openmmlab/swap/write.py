@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 from yapf.yapflib.yapf_api import FormatCode
@@ -78,7 +80,7 @@ def base(config: str, text: str, folder: Path) -> str:
     return f"__import__('sn_openmmlab') and {name!r}" if helped else repr(name)
 
 
-def change(old, new, main_norm: dict, variable: str):
+def change(old: Any, new: Any, main_norm: dict, variable: str) -> Any:
     """What a child of ``old`` has to say to become ``new``."""
     if not isinstance(new, dict) or not isinstance(old, dict):
         return refer(new, main_norm, variable)
@@ -92,7 +94,7 @@ def change(old, new, main_norm: dict, variable: str):
     return {k: change(old.get(k), v, main_norm, variable) for k, v in new.items() if k not in old or old[k] != v}
 
 
-def refer(value, main_norm: dict, variable: str):
+def refer(value: Any, main_norm: dict, variable: str) -> Any:
     """``value`` with the variable's name where its norm stands."""
     if value == main_norm:
         return Code(variable)
@@ -103,7 +105,7 @@ def refer(value, main_norm: dict, variable: str):
     return value
 
 
-def code(value) -> str:
+def code(value: object) -> str:
     """Python that makes ``value``."""
     if isinstance(value, Code):
         return value
@@ -118,7 +120,7 @@ def code(value) -> str:
     return f"float('{value}')" if isinstance(value, float) and not math.isfinite(value) else repr(value)
 
 
-def plain(value):
+def plain(value: Any) -> Any:
     """``value`` in dicts of Python, without the scopes that mmengine enters while reading, to be compared."""
     if isinstance(value, (dict, Config)):
         return {key: plain(value[key]) for key in value if key != '_scope_'}
@@ -129,7 +131,7 @@ def plain(value):
     )  # which is equal to itself, as NaN is not
 
 
-def differences(old, new, place: str = ''):
+def differences(old: Any, new: Any, place: str = '') -> Iterator[tuple[str, Any, Any]]:
     """Places that differ, with what was there and what is: norms as a whole."""
     if old == new:
         return
