@@ -93,7 +93,7 @@ setup(
         'Topic :: Scientific/Engineering :: Image Recognition',
     ],
     packages=find_packages(include=['sn_openmmlab', 'sn_openmmlab.*']),
-    package_data={'sn_openmmlab.analysis': ['page.html']},
+    package_data={'sn_openmmlab': ['py.typed'], 'sn_openmmlab.analysis': ['page.html']},
     python_requires='>=3.8',
     # mmengine is needed too, but comes as one of two distributions: see the extras
     install_requires=['torch>=1.13'],
@@ -109,7 +109,7 @@ setup(
             'ftfy',
             'regex',
         ],
-        'dev': ['pytest', 'ruff', 'matplotlib'],
+        'dev': ['pytest', 'ruff', 'mypy', 'matplotlib'],
     },
     cmdclass={'build_py': BuildPy},
     options={'bdist_wheel': {'py_limited_api': 'cp38'}} if libraries() else {},

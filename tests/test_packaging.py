@@ -100,6 +100,7 @@ def test_the_wheel_carries_package_configs_and_tools(wheel, source, tmp_path):
     metafiles = yaml.safe_load((mim / 'model-index.yml').read_text())['Import']
     assert metafiles and all((mim / metafile).is_file() for metafile in metafiles)
     ours, theirs = (files(folder / 'sn_openmmlab') for folder in (tmp_path, source))
+    assert 'py.typed' in ours
     assert {p for p in ours if not p.startswith('.mim')} == {
         p for p in theirs | libraries(tmp_path) if not p.startswith('.mim') and not p.endswith(('.cpp', '.h'))
     }
