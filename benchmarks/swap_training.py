@@ -20,6 +20,7 @@ import logging
 import multiprocessing
 import time
 import warnings
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     done = {json.loads(line)['config'] for line in args.out.read_text().splitlines()[1:]}
     todo = [name for name in one_of_each_family() if name not in done]
     # spawned, since torch's threads do not survive a fork; renewed, since some models leave much behind
-    pool = multiprocessing.get_context('spawn').Pool(args.processes, quiet, maxtasksperchild=20)
+    pool = multiprocessing.get_context('spawn').Pool(args.processes, set_up_worker, maxtasksperchild=20)
     with pool, args.out.open('a') as file:
         for record in track(pool.imap_unordered(try_one, todo), total=len(todo)):
             file.write(json.dumps(record) + '\n')
@@ -75,20 +76,20 @@ def one_of_each_family() -> list[str]:
     return [min(family)[-1] for family in families.values()]
 
 
-def quiet() -> None:
-    """Set a worker up: one thread, no chatter."""
+def set_up_worker() -> None:
+    """Set a worker up: one thread, no warnings."""
     torch.set_num_threads(1)
     warnings.simplefilter('ignore')
     logging.disable(logging.WARNING)
 
 
 def try_one(name: str) -> dict:
-    """Train a config with SN, and as shipped if that fails; what was wrong is empty where nothing was."""
+    """Train a config with SN for a step, and as shipped if that fails."""
     start, record = time.perf_counter(), {'config': name}
     cfg = read(name)
-    record['sn'] = told(lambda: swap_norm(cfg, statistics='train'))
+    record['sn'] = find_fault(lambda: swap_norm(cfg, statistics='train'))
     if record['sn']:
-        record['as shipped'] = told(lambda: cfg)
+        record['as shipped'] = find_fault(lambda: cfg)
     return {**record, 'seconds': round(time.perf_counter() - start, 1)}
 
 
@@ -98,11 +99,11 @@ def read(name: str) -> Config:
     return Config.fromfile(Path(get_installed_path(library), '.mim/configs', path))
 
 
-def told(make) -> str:
-    """What is wrong when the config that ``make`` gives is trained."""
+def find_fault(make_config: Callable[[], Config]) -> str:
+    """Train a config for a step, and say what is wrong, in one line; empty where nothing is."""
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            return train_step(make())
+            return train_step(make_config())
     except Exception as error:
         text = ' '.join(str(error).replace(f'{Path(mmdet.__file__).parents[1]}/', '').split())
         return f'{type(error).__name__}: {text}'[:160]

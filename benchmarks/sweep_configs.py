@@ -30,7 +30,7 @@ from mmengine.utils import get_installed_path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from sn_openmmlab.swap import PARTS, plan_swap
-from sn_openmmlab.swap.write import check_child, child_config
+from sn_openmmlab.swap.write import check_child, render_child
 
 RESULTS = Path(__file__).parent / 'results/swap_sweep.jsonl'
 ENVIRONMENT = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'timm', 'transformers')
@@ -45,26 +45,26 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--processes', type=int, default=2, help='(default: 2)')
     parser.add_argument('--timeout', type=int, default=120, help='seconds for one config (default: 120)')
     args = parser.parse_args(argv)
-    names = [name for library in args.libraries for name in drawn(configs(library), args.sample)]
-    finish(args.out)  # without a line that was cut off when a sweep was stopped
-    done = {record['config'] for record in read(args.out)}
+    names = [name for library in args.libraries for name in draw_sample(list_configs(library), args.sample)]
+    sort_records(args.out)  # without a line that was cut off when a sweep was stopped
+    done = {record['config'] for record in read_records(args.out)}
     todo = [name for name in names if name not in done]
     columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     # spawned, since torch's threads do not survive a fork; renewed, since building leaks
     context, folder = multiprocessing.get_context('spawn'), tempfile.TemporaryDirectory()
-    pool = context.Pool(args.processes, quiet, [folder.name], maxtasksperchild=100)
+    pool = context.Pool(args.processes, set_up_worker, [folder.name], maxtasksperchild=100)
     with folder, pool, args.out.open('a', encoding='utf-8') as file, Progress(*columns) as progress:
         jobs = ((name, args.timeout) for name in todo)
         for record in progress.track(pool.imap_unordered(swap_one, jobs), total=len(todo)):
             file.write(json.dumps(record) + '\n')
             file.flush()
-    finish(args.out)
-    for status, n in Counter(record['status'] for record in read(args.out)).most_common():
+    sort_records(args.out)
+    for status, n in Counter(record['status'] for record in read_records(args.out)).most_common():
         print(f'{n:5} {status}')
 
 
-def configs(library: str) -> list[str]:
-    """All configs of an installed library that are no bases, as ``mmdet::...``."""
+def list_configs(library: str) -> list[str]:
+    """List the configs of an installed library that are no bases, as ``mmdet::...``."""
     root = Path(get_installed_path(library), '.mim/configs')
     if not root.is_dir():
         raise SystemExit(f'{library} has no configs in {root}')
@@ -72,13 +72,13 @@ def configs(library: str) -> list[str]:
     return [f'{library}::{path.as_posix()}' for path in paths if '_base_' not in path.parts]
 
 
-def drawn(names: list[str], n: int | None) -> list[str]:
-    """``n`` of the names, always the same."""
+def draw_sample(names: list[str], n: int | None) -> list[str]:
+    """Draw ``n`` of the names, always the same; None is all."""
     return names if n is None else random.Random(0).sample(names, min(n, len(names)))
 
 
-def read(path: Path) -> list[dict]:
-    """The records of a result file, whole lines only."""
+def read_records(path: Path) -> list[dict]:
+    """Read the records of a result file, whole lines only."""
     records = []
     for line in path.read_text(encoding='utf-8').splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
@@ -86,18 +86,18 @@ def read(path: Path) -> list[dict]:
     return [record for record in records if 'config' in record]
 
 
-def finish(path: Path) -> None:
-    """Sort the records, under a line that says what they were made with."""
+def sort_records(path: Path) -> None:
+    """Sort the records, under a line that names the versions that made them."""
     names = [name for name in ENVIRONMENT if importlib.util.find_spec(name)]
     head = {name: importlib.import_module(name).__version__ for name in names}
-    records = sorted(read(path), key=lambda record: record['config'])
+    records = sorted(read_records(path), key=lambda record: record['config'])
     draft = path.with_suffix('.tmp')
     draft.write_text('\n'.join(map(json.dumps, [{'date': f'{date.today()}', **head}, *records])) + '\n')
     os.replace(draft, path)
 
 
-def quiet(folder: str) -> None:
-    """Set a worker up: one thread, no chatter, and in its folder the configuration of BERT that GLIP's head reads."""
+def set_up_worker(folder: str) -> None:
+    """Set a worker up: one thread, no warnings, and in its folder the configuration of BERT that GLIP's head reads."""
     torch.set_num_threads(1)
     os.chdir(folder)
     with contextlib.suppress(ImportError):
@@ -106,10 +106,10 @@ def quiet(folder: str) -> None:
         BertConfig().save_pretrained('bert-base-uncased')  # its defaults are that model's
     warnings.simplefilter('ignore')
     logging.disable(logging.WARNING)
-    signal.signal(signal.SIGALRM, late)
+    signal.signal(signal.SIGALRM, raise_timeout)
 
 
-def late(*_) -> None:
+def raise_timeout(*_: object) -> None:
     """End a config that takes too long."""
     raise TimeoutError
 
@@ -124,7 +124,7 @@ def swap_one(job: tuple[str, int]) -> dict:
     signal.alarm(timeout)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            record.update(outcome(package / '.mim/configs' / path))
+            record.update(swap_file(package / '.mim/configs' / path))
     except Exception as error:
         record['reason'] = f'{type(error).__name__}: {error}'
     finally:
@@ -135,8 +135,8 @@ def swap_one(job: tuple[str, int]) -> dict:
     return {**record, 'seconds': round(time.perf_counter() - start, 2)}
 
 
-def outcome(path: Path) -> dict:
-    """The record of a config file."""
+def swap_file(path: Path) -> dict:
+    """Swap a config file, write and read the delta, and return a record."""
     try:
         cfg = Config.fromfile(path)
     except Exception as error:
@@ -153,7 +153,7 @@ def outcome(path: Path) -> dict:
     if swap.changed:
         with tempfile.TemporaryDirectory() as folder:
             delta = Path(folder, 'delta.py')
-            delta.write_text(child_config(cfg, swap, str(path), 'SN', PARTS, delta.parent))
+            delta.write_text(render_child(cfg, swap, str(path), 'SN', PARTS, delta.parent))
             check_child(cfg, swap, delta)
     status = 'fully' if swap.changed else 'not applicable'
     if swap.left:

@@ -1,4 +1,4 @@
-"""All that importing this package changes in mmengine, beside the registered layers and hooks."""
+"""Change mmengine, when this package is imported, in all but the registered layers and hooks."""
 
 import functools
 import importlib.util
@@ -12,11 +12,14 @@ from mmengine.utils import is_installed
 
 from .checkpoint import SCHEME, load_from_switchnorm
 
-NEED_HELP = {'sn_openmmlab'} | {module for module, distribution in MODULE2PACKAGE.items() if module != distribution}
+# libraries whose configs mmengine finds only once this package is imported
+FOUND_AFTER_IMPORT = {'sn_openmmlab'} | {
+    module for module, distribution in MODULE2PACKAGE.items() if module != distribution
+}
 
 
 def register() -> None:
-    """Do it."""
+    """Add ``switchnorm://``, the places of configs, and the FLOPs of SN."""
     CheckpointLoader.register_scheme(SCHEME, load_from_switchnorm, force=True)
     _find_bases()
     _count_flops()
@@ -25,9 +28,9 @@ def register() -> None:
 def _find_bases() -> None:
     """Let configs inherit from another package: ``_base_ = 'sn_openmmlab::mmdet/...'`` and ``'mmseg::...'``.
 
-    mmengine looks such a package up by the name of its distribution, in a table that lacks ours and knows
-    mmsegmentation, but not the onedl-mmsegmentation that has the same modules. Where there is no such distribution, the
-    module's own name does.
+    mmengine looks for such a package by the name of its distribution, which it takes from a table. The table lacks this
+    package, and has mmsegmentation for mmseg, but not onedl-mmsegmentation. Where a distribution is not installed and
+    the module is there, the module's own name serves.
 
     It also takes the package's name for the scope of the classes that the base names. Ours is no scope: it has configs
     for several libraries, each with its own ``default_scope``.
@@ -51,8 +54,8 @@ def _without_our_scope(find):
 def _count_flops() -> None:
     """Let mmengine's complexity analysis count SN as the other norms, 5 an element.
 
-    It counts norm layers by the operators that torch has for them. SN is counted by what takes its variances: in a
-    trace this is ``var_mean`` in training mode, and ``square`` in evaluation.
+    It counts norm layers by torch's operators for them, and SN uses none of these. SN is counted by the operator that
+    computes its variances: in a trace this is ``var_mean`` in training mode, and ``square`` in evaluation.
     """
     for operator in 'aten::var_mean', 'aten::square':
         complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS.setdefault(operator, elementwise_flop_counter(5))

@@ -202,7 +202,9 @@ def test_wrong_input_ends_before_anything_is_written(tool, capsys, argv, message
 
 
 def test_a_file_that_would_read_back_otherwise_is_not_written(tool, monkeypatch):
-    monkeypatch.setattr(write, 'change', lambda old, new, *_: {} if isinstance(new, dict) and 'type' in new else new)
+    monkeypatch.setattr(
+        write, 'express_change', lambda old, new, *_: {} if isinstance(new, dict) and 'type' in new else new
+    )
     with pytest.raises(AssertionError, match='reads back as another config in model'):
         tool.main([FCOS])
     assert not list(Path.cwd().iterdir())

@@ -7,6 +7,7 @@ import os
 import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from common import part_file, stopping
@@ -19,8 +20,8 @@ from rich.text import Text
 
 from sn_openmmlab import SwitchNorm
 from sn_openmmlab.norms import part_of
-from sn_openmmlab.swap import PARTS, STATISTICS, TARGETS, Swap, plan_swap
-from sn_openmmlab.swap.write import check_child, child_config, code, differences, name_of, plain
+from sn_openmmlab.swap import PARTS, STATISTICS, TARGETS, Norm, Swap, plan_swap
+from sn_openmmlab.swap.write import check_child, find_differences, name_parts, render_child, to_code, to_plain
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         cfg = get_config(args.config) if '::' in args.config else Config.fromfile(args.config)
     except (Exception, SystemExit) as error:
-        parser.error(f'{args.config} cannot be read: {why(error)}')
+        parser.error(f'{args.config} cannot be read: {explain(error)}')
     if Config._is_lazy_import(cfg.filename):
         parser.error(
             f'{args.config} is a new-style config (read_base, or an import), from which a file with _base_ cannot '
@@ -50,11 +51,11 @@ def main(argv: list[str] | None = None) -> None:
         # as deep as the file to come, so that a relative base is right in both
         draft = Path(folder if args.dry_run else args.out.parent, f'.{args.out.stem[:50]}.{Path(folder).name}.py')
         try:
-            draft.write_text(child_config(*child, draft.parent), encoding='utf-8')
+            draft.write_text(render_child(*child, draft.parent), encoding='utf-8')
             check_child(cfg, swap, draft)
             if args.dry_run:
                 console.print(f'\n[dim]# {escape(str(args.out))}, not written (--dry-run)')
-                console.print(Text(child_config(*child, args.out.parent)))
+                console.print(Text(render_child(*child, args.out.parent)))
             else:
                 os.replace(draft, args.out)
                 console.print(f'\nwritten and read again: {escape(str(args.out))}')
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
-    """The command line, checked as far as that goes without reading the config."""
+    """Read the command line, and check what can be checked without the config."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file, or one of an installed library: mmdet::..., mmseg::...')
     parser.add_argument('--to', choices=TARGETS, default='SN', help='the new norm (default: SN)')
@@ -88,7 +89,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Argument
     args.parts = PARTS if 'all' in args.parts else tuple(part for part in PARTS if part in args.parts)
     if '::' not in args.config and not Path(args.config).is_file():
         parser.error(f'config {args.config!r} is no file (from {os.getcwd()})')
-    args.out = args.out or Path(f'{Path(args.config).stem}_{args.to.lower()}-{name_of(args.parts)}.py')
+    args.out = args.out or Path(f'{Path(args.config).stem}_{args.to.lower()}-{name_parts(args.parts)}.py')
     if args.out.suffix != '.py':
         parser.error(f'--out {args.out}: the name must end in .py')
     for path in args.config, str(args.out):  # which stand in the new file
@@ -107,31 +108,32 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Argument
     return args, parser
 
 
-def why(error: BaseException) -> str:
-    """What kept a config from being read; mmengine may say nothing, and leave it to the error before."""
+def explain(error: BaseException) -> str:
+    """Explain why a config cannot be read. An error of mmengine without a message is explained by the one before it."""
     if isinstance(error, RecursionError):
         return 'its _base_ leads back to itself'
     if isinstance(error, SystemExit):
         return 'it ends Python (SystemExit)'
-    said = error
-    while not str(said) and (said.__cause__ or said.__context__):
-        said = said.__cause__ or said.__context__
-    return f'{type(said).__name__}: {said}'
+    cause = error
+    while not str(cause) and (cause.__cause__ or cause.__context__):
+        cause = cause.__cause__ or cause.__context__
+    return f'{type(cause).__name__}: {cause}'
 
 
 def show(console: Console, name: str, cfg: Config, swap: Swap) -> None:
-    """What changes and what does not, by part."""
+    """Show what changes and what does not, by part."""
     console.print(f'[bold]{escape(name)}[/]: {len(swap.changed)} norm layers change')
+    differences = list(find_differences(to_plain(cfg.model), to_plain(swap.config.model)))
     for part in PARTS:
-        changes = [c for c in differences(plain(cfg.model), plain(swap.config.model)) if part_of(c[0]) == part]
+        changes = [difference for difference in differences if part_of(difference[0]) == part]
         norms = [norm for norm in swap.changed if norm.part == part]
         if not changes and not norms:
             continue
-        console.print(f'\n[bold]{part}[/]: {counts(norms)}')
+        console.print(f'\n[bold]{part}[/]: {count_kinds(norms)}')
         for place, old, new in changes:
             if old is not None:
-                console.print(Text(f'  - {place}={code(old)}', 'red'))
-            console.print(Text(f'  + {place}={code(new)}', 'green'))
+                console.print(Text(f'  - {place}={to_code(old)}', 'red'))
+            console.print(Text(f'  + {place}={to_code(new)}', 'green'))
     rows = Counter((norm.part, norm.old.__name__, norm.owner) for norm in swap.left)
     if rows:
         table = Table('part', 'layers', 'of', 'the first', title='Not swapped', title_justify='left')
@@ -144,13 +146,13 @@ def show(console: Console, name: str, cfg: Config, swap: Swap) -> None:
     for place, reason in swap.refused.items():
         console.print(Text(f'{place} keeps its norm: {reason}', 'yellow'))
     if swap.other:
-        console.print(f'left alone: {counts(swap.other)}')
-    for note in notes(swap):
+        console.print(f'left alone: {count_kinds(swap.other)}')
+    for note in list_notes(swap):
         console.print(Text(f'note: {note}', 'yellow'))
 
 
-def notes(swap: Swap):
-    """What the change from another norm to SN means beside the norm."""
+def list_notes(swap: Swap) -> Iterator[str]:
+    """List what else changes in training when another norm becomes SN."""
     local = {norm.new for norm in swap.changed} == {SwitchNorm}
     if local and any('Sync' in norm.old.__name__ for norm in swap.changed):
         yield 'batch statistics are those of each process now; --statistics synced keeps them those of all'
@@ -162,8 +164,8 @@ def notes(swap: Swap):
         )
 
 
-def counts(norms) -> str:
-    """How many layers of which kinds."""
+def count_kinds(norms: list[Norm]) -> str:
+    """Count the layers of each kind, in words."""
     kinds = Counter((n.old.__name__, n.new.__name__) for n in norms)
     return ', '.join(f'{n} {old} -> {new}' if old != new else f'{n} {old}' for (old, new), n in kinds.items()) or 'none'
 

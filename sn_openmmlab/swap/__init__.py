@@ -1,4 +1,4 @@
-"""Configs: the norms of a model found, swapped, and written as a config that inherits."""
+"""Swap the norm layers of a config, and write the result as a config that inherits from it."""
 
 from .build import Norm
 from .rewrite import PARTS, STATISTICS, TARGETS, Swap, plan_swap, swap_norm

@@ -1,4 +1,7 @@
-"""Models built to look at: without memory for most weights and without loading any, and compared norm by norm."""
+"""Build models to look at them, and compare them norm by norm.
+
+Nothing is loaded, and most weights take no memory.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,11 @@ from torch.overrides import TorchFunctionMode
 
 from ..norms import is_norm, own_modules, part_of
 
-GENERIC = ('torch.', 'mmcv.cnn.bricks.', 'mmengine.')  # where layers come from that only do what their owner says
+GENERIC_PACKAGES = (
+    'torch.',
+    'mmcv.cnn.bricks.',
+    'mmengine.',
+)  # whose modules choose no norm: the class that used them did
 
 
 class Norm(NamedTuple):
@@ -40,30 +47,31 @@ class Norm(NamedTuple):
 
 
 def build(cfg: Config, model: dict | None = None) -> nn.Module:
-    """Build ``model`` (default: the config's) to look at; its weights are meaningless."""
-    model = _bare(copy.deepcopy(cfg.model if model is None else model))
+    """Build ``model``, by default the config's; its weights are meaningless."""
+    model = _put_stubs(copy.deepcopy(cfg.model if model is None else model))
     with ExitStack() as stack:
         stack.enter_context(DefaultScope.overwrite_default_scope(scope_of(cfg)))
-        stack.enter_context(_one_process())
+        stack.enter_context(_join_group_of_one())
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        stack.enter_context(_Hollow())
+        stack.enter_context(_AllocateNothing())
         return MODELS.build(model)
 
 
 def compare(before: nn.Module, after: nn.Module) -> list[Norm]:
-    """The norm layers of two models that differ in nothing else; an error if they do."""
+    """List the norm layers of two models; raise RuntimeError if the models differ in more than these."""
     old, new = own_modules(before), own_modules(after)
     if len(old) != len(new):
         raise RuntimeError(f'not only norms change: the model gets {len(new)} modules in place of {len(old)}')
     norms = []
-    for (was, a), (name, b) in zip(old, new):
+    for (old_name, a), (name, b) in zip(old, new):
         if is_norm(a) and is_norm(b):
-            if was.rpartition('.')[0] != name.rpartition('.')[0] or _channels(a) != _channels(b):
-                raise RuntimeError(f'the norm layer {was} became {name} of another size or place')
+            if old_name.rpartition('.')[0] != name.rpartition('.')[0] or _get_size(a) != _get_size(b):
+                raise RuntimeError(f'the norm layer {old_name} became {name} of another size or place')
             changes = type(a) is not type(b) or a.extra_repr() != b.extra_repr()
-            norms.append(Norm(name, part_of(name), type(a), type(b), _owner(after, name), changes))
-        elif type(a) is not type(b) or was != name or _weights(a) != _weights(b):
-            raise RuntimeError(f'not only norms change: {was} ({type(a).__name__}) became {name} ({type(b).__name__})')
+            norms.append(Norm(name, part_of(name), type(a), type(b), _find_owner(after, name), changes))
+        elif type(a) is not type(b) or old_name != name or _list_parameters(a) != _list_parameters(b):
+            old_kind, kind = type(a).__name__, type(b).__name__
+            raise RuntimeError(f'not only norms change: {old_name} ({old_kind}) became {name} ({kind})')
     return norms
 
 
@@ -73,7 +81,7 @@ def scope_of(cfg: Config) -> str:
 
 
 class _LanguageModel(nn.Module):
-    """In place of GLIP's and GroundingDINO's BERT: what they ask it for while they are built."""
+    """A stub for the BERT of GLIP and GroundingDINO, with the one attribute that they read while they are built."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,8 +91,9 @@ class _LanguageModel(nn.Module):
         self.language_backbone.body = body
 
 
-# what loads weights, or needs another package or file, while it is built, and has no norm that this config chooses
-BARE = {
+# Keys of a model's config, and what replaces their values. While they are built, the values would load weights or need
+# another package or file, and they hold no norm that the config chooses.
+STUBS = {
     'language_model': dict(type=_LanguageModel),
     'num_cp': 0,  # activation checkpointing by fairscale
     'postprocess_model': None,  # of trackers
@@ -94,35 +103,37 @@ BARE = {
 }
 
 
-def _bare(node: Any) -> Any:
+def _put_stubs(node: Any) -> Any:
+    """Copy a config with its ``STUBS`` in place."""
     if isinstance(node, dict):
-        bare = {key: copy.deepcopy(BARE[key]) if key in BARE else _bare(v) for key, v in node.items()}
-        if bare.get('pretrained') is True:  # timm's backbones load while they are built
-            bare['pretrained'] = False
-        return type(node)(bare)
-    return type(node)(map(_bare, node)) if isinstance(node, (list, tuple)) else node
+        new = {key: copy.deepcopy(STUBS[key]) if key in STUBS else _put_stubs(v) for key, v in node.items()}
+        if new.get('pretrained') is True:  # timm's backbones load while they are built
+            new['pretrained'] = False
+        return type(node)(new)
+    return type(node)(map(_put_stubs, node)) if isinstance(node, (list, tuple)) else node
 
 
-def _owner(model: nn.Module, name: str) -> str:
+def _find_owner(model: nn.Module, name: str) -> str:
+    """Name the class that chose the norm ``name``: the innermost around it that is not generic."""
     while name:
         name = name.rpartition('.')[0]
         cls = type(model.get_submodule(name))
-        if not cls.__module__.startswith(GENERIC):
+        if not cls.__module__.startswith(GENERIC_PACKAGES):
             return cls.__name__
     return type(model).__name__
 
 
-def _channels(norm: nn.Module) -> object:
+def _get_size(norm: nn.Module) -> object:
     sizes = (getattr(norm, name, None) for name in ('num_features', 'num_channels', 'normalized_shape'))
     return next((size for size in sizes if size is not None), None)
 
 
-def _weights(module: nn.Module) -> list[tuple[str, torch.Size, bool]]:
+def _list_parameters(module: nn.Module) -> list[tuple[str, torch.Size, bool]]:
     return [(name, p.shape, p.requires_grad) for name, p in module.named_parameters(recurse=False)]
 
 
-class _Hollow(TorchFunctionMode):
-    """Within it ``torch.empty``, which torch's layers make their weights with, takes no memory."""
+class _AllocateNothing(TorchFunctionMode):
+    """A mode in which ``torch.empty``, with which torch's layers make their weights, allocates no memory."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -132,8 +143,8 @@ class _Hollow(TorchFunctionMode):
 
 
 @contextmanager
-def _one_process() -> Iterator[None]:
-    """A group of this process alone, which mmcv's SyncBatchNorm asks for when it is made, if there is none."""
+def _join_group_of_one() -> Iterator[None]:
+    """Form a process group of this process alone, if there is none: mmcv's SyncBatchNorm needs one to be built."""
     if not dist.is_available() or dist.is_initialized():
         yield
         return

@@ -1,6 +1,7 @@
-"""The norm layers of a config: found in its model, and swapped.
+"""Swap the norm layers of a config.
 
-Apart from ``convert``, which works on modules: here dicts are rewritten, by what the classes behind them accept.
+A walk through ``cfg.model`` finds every dict that builds a norm, and the norms that classes build by default, and
+rewrites them. The package ``convert`` does the same to a model that is built.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .build import Norm, build, compare, scope_of
 PARTS = ('backbone', 'neck', 'head')
 TARGETS = ('SN', 'SyncSN', 'GN', 'BN', 'SyncBN')
 STATISTICS = ('train', 'frozen', 'synced')
-SMALL_BATCH = 4  # images a process, up to which statistics of the batch are worse than a checkpoint's
+SMALL_BATCH = 4  # images a process, up to which the statistics of a checkpoint are better than those of a batch
 KEPT = ('eps', 'affine', 'requires_grad', '_scope_')  # arguments that every norm layer has
 KEPT_BY = {
     'SN': ('momentum', 'normalizers', 'init_ratios', 'correction'),
@@ -40,14 +41,15 @@ KEPT_BY = {
 
 @dataclass
 class Swap:
-    """What a swap does.
+    """A swapped config, and what became of its norm layers.
 
     Attributes:
         config (Config): The config after it.
         changed (list[Norm]): The layers that it changes.
-        left (list[Norm]): Layers of the parts asked for that stay another norm than the new one, since their class
-            takes no norm, or not this one.
-        other (list[Norm]): Norm layers of these parts that are none of BN, SyncBN, GN, IN and SN, as LayerNorm.
+        left (list[Norm]): Layers of the chosen parts that keep their norm, since their class takes no norm, or not the
+            new one.
+        other (list[Norm]): Layers of the chosen parts that no swap changes, as LayerNorm: none of BN, SyncBN, GN, IN
+            and SN.
         refused (dict[str, str]): Places in ``model`` that keep their norm, and why.
     """
 
@@ -65,15 +67,16 @@ def swap_norm(
     statistics: str | None = None,
     init_ratios: Sequence[float] | None = None,
 ) -> Config:
-    """A copy of a config whose model has another norm.
+    """Copy a config, with another norm in its model.
 
-    What is written for SN is the recipe of docs/finetuning.md: where the backbone starts from a BatchNorm checkpoint,
-    and a process has up to 4 images a step, its statistics are frozen. SN layers start near BatchNorm as they load it.
+    SN is set up by the recipe of docs/finetuning.md. Where the backbone starts from a BatchNorm checkpoint, and a
+    process has up to 4 images a step, its statistics are frozen. SN layers that load BatchNorm weights start near
+    BatchNorm.
 
-    Every dict of ``cfg.model`` that names a class is compared with what the class accepts: norms under any key and
-    norms that the class has by default are found alike, and are written out where they change. What is built before and
-    after is compared (without memory for weights, and without loading any): nothing but norm layers may differ. Places
-    whose class refuses the new norm keep theirs; :func:`plan_swap` tells which.
+    Every dict of ``cfg.model`` that names a class is compared with the arguments of the class. So norms are found under
+    any key, and also where the class has one by default; this is then written out. The models before and after are
+    built (without memory for weights, and without loading any) and compared: nothing but norm layers may differ. Places
+    whose class refuses the new norm keep theirs; :func:`plan_swap` lists them.
 
     Args:
         cfg (Config): Config of mmdet, mmseg or another OpenMMLab library, with ``model`` and ``default_scope``.
@@ -119,63 +122,66 @@ def plan_swap(
     statistics: str | None = None,
     init_ratios: Sequence[float] | None = None,
 ) -> Swap:
-    """As :func:`swap_norm`, and tell what changes and what does not; nothing to change is no error here."""
+    """Swap as :func:`swap_norm` does, and list what changes and what does not. Nothing to change is no error here."""
     parts = (parts,) if isinstance(parts, str) else tuple(parts)
     parts = PARTS if parts == ('all',) else parts
-    to, norm_eval = _checked(cfg, to, parts, statistics, init_ratios)
+    _check_arguments(cfg, to, parts, statistics, init_ratios)
+    if statistics == 'synced':
+        to = {'SN': 'SyncSN', 'BN': 'SyncBN'}.get(to, to)
+    norm_eval = None if statistics is None else statistics == 'frozen'
     recipe = statistics is None and to in ('SN', 'SyncSN')
 
-    def rewritten(refused: Collection[str] = (), added: Collection[str] = ()) -> tuple[Any, _Walk]:
+    def rewrite_model(refused: Collection[str] = (), added: Collection[str] = ()) -> tuple[Any, _Walk]:
         walk = _Walk(to, parts, norm_eval, init_ratios, refused, added, learns=recipe or norm_eval is False)
         with DefaultScope.overwrite_default_scope(scope_of(cfg)):
             return walk.visit(cfg.model), walk
 
-    def outcome(*places: Collection[str]) -> list[Norm]:
-        return compare(before, build(cfg, rewritten(*places)[0]))
+    def compare_with(*places: Collection[str]) -> list[Norm]:
+        return compare(before, build(cfg, rewrite_model(*places)[0]))
 
     try:
         before = build(cfg)
     except Exception as error:
-        raise RuntimeError(f'the model cannot be built as it is: {_said(error)}') from error
+        raise RuntimeError(f'the model cannot be built as it is: {_describe_error(error)}') from error
     if recipe:
-        norm_eval = 'backbone' in parts and _better_frozen(cfg, before)
-    _, walk = rewritten()
+        norm_eval = 'backbone' in parts and _prefers_frozen(cfg, before)
+    _, walk = rewrite_model()
     if norm_eval and walk.places and not walk.frozen:
         if not recipe:
             raise ValueError("statistics='frozen' sets norm_eval, which the backbone of this model does not have")
         norm_eval = False
-        _, walk = rewritten()
-    places, bare = walk.places, walk.bare
+        _, walk = rewrite_model()
+    places, unresolved = walk.places, walk.unresolved
     refused = {place: 'is of a trained teacher' for place in places if place.startswith('teacher_')}
     places = [place for place in places if place not in refused]
     try:
-        norms = outcome(refused)
-    except Exception as error:  # some class refuses: take the places in, one by one
-        refused.update(dict.fromkeys(places, _said(error)))
+        norms = compare_with(refused)
+    except Exception as error:  # some class refuses: try the places one by one
+        refused.update(dict.fromkeys(places, _describe_error(error)))
         for place in places:
             reason = refused.pop(place)
             try:
-                outcome(refused)
+                compare_with(refused)
             except Exception as error:
-                refused[place] = reason if len(places) == 1 else _said(error)
-        norms = outcome(refused)
-    swap = _told(cfg, rewritten(refused)[0], to, parts, norms, refused)
+                refused[place] = reason if len(places) == 1 else _describe_error(error)
+        norms = compare_with(refused)
+    swap = _make_swap(cfg, rewrite_model(refused)[0], to, parts, norms, refused)
     if swap.left:
         added: list[str] = []
-        for place in bare:  # arguments for a class that cannot be looked at: does it take a norm?
+        for place in unresolved:  # arguments for a class that cannot be looked at: does it take a norm?
             with contextlib.suppress(Exception):
-                more = outcome(refused, [*added, place])
+                more = compare_with(refused, [*added, place])
                 if sum(norm.changes for norm in more) > sum(norm.changes for norm in norms):
                     norms, added = more, [*added, place]
-        for place in places:  # do layers stay although the config would say otherwise?
-            if place not in refused and outcome({*refused, place}, added) == norms:
+        for place in places:  # does the class ignore the new norm?
+            if place not in refused and compare_with({*refused, place}, added) == norms:
                 refused[place] = 'has no effect, its class builds its norms by itself'
-        swap = _told(cfg, rewritten(refused, added)[0], to, parts, norms, refused)
+        swap = _make_swap(cfg, rewrite_model(refused, added)[0], to, parts, norms, refused)
     return swap
 
 
 class _Walk:
-    """One walk through a model's config that rewrites norms, and remembers where."""
+    """A walk through a model's config that rewrites norms, and records where."""
 
     def __init__(
         self,
@@ -189,23 +195,23 @@ class _Walk:
     ) -> None:
         self.to, self.parts, self.norm_eval, self.init_ratios = to, parts, norm_eval, init_ratios
         self.refused, self.added = refused, added
-        self.learns = learns  # whether new norms do, also where the old did not
+        self.learns = learns  # whether new norms are trained, also where the old were not
         self.places: list[str] = []
-        self.bare: list[str] = []  # dicts of arguments for a class that no registry knows
+        self.unresolved: list[str] = []  # dicts of arguments for a class that no registry knows
         self.frozen = False  # whether some backbone has norm_eval
 
     def visit(self, node: Any, place: str = '', scope: str | None = None) -> Any:
-        """``node`` with its norms rewritten; itself where nothing changes."""
+        """Return ``node`` with its norms rewritten, or ``node`` itself where nothing changes."""
         if isinstance(node, (list, tuple)):
             items = [self.visit(item, f'{place}.{i}', scope) for i, item in enumerate(node)]
             return type(node)(items) if any(a is not b for a, b in zip(items, node)) else node
         if not isinstance(node, dict):
             return node
         scope = node.get('_scope_') or scope
-        cls: Any = _class(node['type'], scope) if 'type' in node else None
+        cls: Any = _find_class(node['type'], scope) if 'type' in node else None
         if _is_swappable(cls):
             return self.rewrite(node, cls, place.lstrip('.'))
-        accepted = _defaults(cls) if cls else {}
+        accepted = _list_arguments(cls) if cls else {}
         new = {
             key: self.visit(value, f'{place}.{key}', scope)
             for key, value in {**accepted, **node}.items()
@@ -217,7 +223,7 @@ class _Walk:
         else:
             unknown = place.endswith('_cfg')
         if unknown and 'norm_cfg' not in node and part_of(place) in self.parts:
-            self.bare.append(place)
+            self.unresolved.append(place)
             if place in self.added:
                 old = dict(type='BN', requires_grad=True)
                 changed['norm_cfg'] = self.rewrite(old, nn.BatchNorm2d, f'{place}.norm_cfg'.lstrip('.'))
@@ -231,10 +237,10 @@ class _Walk:
         return type(node)({**node, **changed})
 
     def rewrite(self, norm: dict, cls: type, place: str) -> dict:
-        """The new norm in place of ``norm``, if this place is to be changed."""
+        """Return the new norm, or ``norm`` itself if this place is to keep it."""
         if part_of(place) not in self.parts or place in self.refused:
             return norm
-        if self.to == 'BN' and _is(cls, 'BN'):
+        if self.to == 'BN' and _is_type(cls, 'BN'):
             return norm  # also BN1d and the like
         new = {'type': self.to, **{k: v for k, v in norm.items() if k in KEPT + KEPT_BY[self.to]}}
         if self.to == 'GN':
@@ -249,10 +255,9 @@ class _Walk:
         return type(norm)(new)
 
 
-def _checked(
+def _check_arguments(
     cfg: Config, to: str, parts: tuple[str, ...], statistics: str | None, init_ratios: Sequence[float] | None
-) -> tuple[str, bool | None]:
-    """The type to write, and ``norm_eval`` where it is to be set."""
+) -> None:
     if to not in TARGETS:
         raise ValueError(f'to must be one of {TARGETS}, got {to!r}')
     if not parts or set(parts) - set(PARTS):
@@ -269,15 +274,12 @@ def _checked(
         raise ValueError(f'statistics={statistics!r} is about batch statistics, and GN has none')
     if statistics == 'frozen' and 'backbone' not in parts:
         raise ValueError("statistics='frozen' freezes those of a pretrained backbone, which is not among the parts")
-    if statistics == 'synced':
-        to = {'SN': 'SyncSN', 'BN': 'SyncBN'}.get(to, to)
-    return to, None if statistics is None else statistics == 'frozen'
 
 
-def _told(
+def _make_swap(
     cfg: Config, model: dict, to: str, parts: tuple[str, ...], norms: list[Norm], refused: dict[str, str]
 ) -> Swap:
-    """The changed config, and the layers by what became of them."""
+    """Put the rewritten model into a copy of the config, and sort the layers by what became of them."""
     swap = Swap(copy.deepcopy(cfg), refused=refused)
     for norm in norms:
         if norm.part not in parts:
@@ -287,12 +289,12 @@ def _told(
             swap.changed.append(norm)
         elif not issubclass(norm.new, SwitchNorm) and not is_switchable(norm.new):
             swap.other.append(norm)
-        elif not _is(norm.new, to):
+        elif not _is_type(norm.new, to):
             swap.left.append(norm)
     if not swap.left:
-        swap.refused = {}  # of places that no layer was built from
+        swap.refused = {}  # no layer was built from these places
     swap.config.model = copy.deepcopy(model)
-    if set(parts) == set(PARTS):  # the variables that the model's norms were copied from
+    if set(parts) == set(PARTS):  # also the variables, such as norm_cfg, that were copied into the model
         walk = _Walk(to, PARTS)
         with DefaultScope.overwrite_default_scope(scope_of(cfg)):
             for key, value in cfg.items():
@@ -321,8 +323,8 @@ def _is_pretrained(cfg: Config) -> bool:
     return bool(cfg.get('load_from')) or visit(cfg.model, '')
 
 
-def _better_frozen(cfg: Config, model: nn.Module) -> bool:
-    """Whether the backbone starts from a checkpoint with BatchNorm whose statistics are better than a batch's."""
+def _prefers_frozen(cfg: Config, model: nn.Module) -> bool:
+    """Whether the backbone starts from a BatchNorm checkpoint, whose statistics are better than those of a batch."""
     backbone = [m for name, m in model.named_modules() if part_of(name) == 'backbone']
     if not _is_pretrained(cfg) or not any(isinstance(m, _BatchNorm) or is_mm_sync_bn(type(m)) for m in backbone):
         return False
@@ -331,8 +333,8 @@ def _better_frozen(cfg: Config, model: nn.Module) -> bool:
 
 
 @functools.lru_cache(None)
-def _defaults(cls: Callable) -> dict[str, Any]:
-    """Arguments that a class accepts by name, also through ``**kwargs`` of its bases, with their defaults."""
+def _list_arguments(cls: Callable) -> dict[str, Any]:
+    """List the arguments of a class, with their defaults: its own, and what ``**kwargs`` hands to its bases."""
     found: dict[str, Any] = {}
     for base in cls.__mro__ if inspect.isclass(cls) else (cls,):
         init = base.__dict__.get('__init__') if inspect.isclass(base) else base
@@ -351,15 +353,15 @@ def _is_swappable(cls: Any) -> bool:
     return inspect.isclass(cls) and (is_switchable(cls) or issubclass(cls, SwitchNorm))
 
 
-def _is(cls: type, to: str) -> bool:
+def _is_type(cls: type, to: str) -> bool:
     """Whether a class of layers is the norm that ``to`` names, of any number of dimensions."""
     if to == 'BN':
         return issubclass(cls, _BatchNorm) and not issubclass(cls, nn.SyncBatchNorm)
     return issubclass(cls, {'SN': SwitchNorm, 'SyncSN': SyncSN, 'GN': nn.GroupNorm, 'SyncBN': nn.SyncBatchNorm}[to])
 
 
-def _class(kind: Any, scope: str | None) -> Any:
-    """The class or function that a ``type`` means, None if it is not of a model."""
+def _find_class(kind: Any, scope: str | None) -> Any:
+    """Find the class or function that a ``type`` names, None if it is none of a model's."""
     if not isinstance(kind, str):
         return kind
     with MODELS.switch_scope_and_registry(scope) as registry:
@@ -373,7 +375,7 @@ def _in_another_registry(kind: str) -> bool:
     return any(kind.rpartition('.')[2] in registry.module_dict for registry in registries)
 
 
-def _said(error: BaseException) -> str:
-    """An error's kind and its first line, or the line of code that raised it where it says nothing, as assertions."""
+def _describe_error(error: BaseException) -> str:
+    """Describe an error in one line. One without a message, such as an assertion, is described by its line of code."""
     text = str(error).strip() or traceback.extract_tb((error.__context__ or error).__traceback__)[-1].line
     return f'{type(error).__name__}: {text.splitlines()[0] if text else ""}'

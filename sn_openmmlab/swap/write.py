@@ -1,4 +1,4 @@
-"""A swapped config as a small file that inherits from the one it was made of, and changes its norms."""
+"""Write a swapped config as a small file that inherits from the original and changes its norms."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from mmengine.config import Config
 from yapf.yapflib.yapf_api import FormatCode
 
-from ..register import NEED_HELP
+from ..register import FOUND_AFTER_IMPORT
 from .rewrite import PARTS, TARGETS, Swap
 
 
@@ -20,35 +20,41 @@ class Code(str):
     """A string that is written as it is, not quoted."""
 
 
-def child_config(cfg: Config, swap: Swap, source: str, to: str, parts: tuple[str, ...], folder: Path) -> str:
-    """The text of a config that inherits from ``source`` and changes its norms, for a file in ``folder``.
+def render_child(cfg: Config, swap: Swap, source: str, to: str, parts: tuple[str, ...], folder: Path) -> str:
+    """Render a config that inherits from ``source`` and changes its norms, for a file in ``folder``.
 
     Args:
         cfg (Config): The config before the swap.
         swap (Swap): What :func:`plan_swap` made of it.
         source (str): The file of ``cfg``, or its name in a library (``mmdet::...``).
         to (str): The new norm.
-        parts (tuple[str, ...]): Where it was asked for.
-        folder (Path): The file's folder, which the base is written relative to.
+        parts (tuple[str, ...]): The parts that were to get it.
+        folder (Path): The folder of the new file; the path of the base is relative to it.
+
+    Returns:
+        str: The text.
     """
-    old, new = plain(cfg), plain(swap.config)
-    norms = [norm for _, _, norm in differences(old['model'], new['model']) if isinstance(norm, dict)]
+    old, new = to_plain(cfg), to_plain(swap.config)
+    norms = [norm for _, _, norm in find_differences(old['model'], new['model']) if isinstance(norm, dict)]
     main_norm = max(norms, key=norms.count)
     # heads: mmdet's get_flops.py takes what has a head_norm_cfg for one certain model
-    name = name_of(parts).replace('-', '_').replace('head', 'heads')
+    name = name_parts(parts).replace('-', '_').replace('head', 'heads')
     variable = 'norm_cfg' if parts == PARTS else f'{name}_norm_cfg'
-    said = {key: change(old.get(key), value, main_norm, variable) for key, value in new.items()}
-    said = {key: said[key] for key in new if new[key] != old.get(key)}
+    changed = {
+        key: express_change(old.get(key), value, main_norm, variable)
+        for key, value in new.items()
+        if value != old.get(key)
+    }
     head = [
         f'# {Path(source).name} with {to} in {", ".join(parts)}; made by swap_norm.py',
-        f'_base_ = {base(source, cfg.text, folder)}',
+        f'_base_ = {render_base(source, cfg.text, folder)}',
     ]
     lines = []
-    if 'custom_imports' in said:
-        lines.append(f'custom_imports = {code(said.pop("custom_imports"))}')
-    lines.append(f'{variable} = {code(main_norm)}')
-    outer = said.pop(variable, None)
-    lines += [f'{key} = {code(said[key])}' for key in sorted(said, key='model'.__eq__)]
+    if 'custom_imports' in changed:
+        lines.append(f'custom_imports = {to_code(changed.pop("custom_imports"))}')
+    lines.append(f'{variable} = {to_code(main_norm)}')
+    outer = changed.pop(variable, None)
+    lines += [f'{key} = {to_code(changed[key])}' for key in sorted(changed, key='model'.__eq__)]  # the model last
     if outer is not None and set(old.get(variable, {})) - set(main_norm):
         lines.append(f'{variable} = dict(_delete_=True, **{variable})')
     text, _ = FormatCode('\n'.join(lines), style_config=dict(based_on_style='pep8'))
@@ -56,90 +62,92 @@ def child_config(cfg: Config, swap: Swap, source: str, to: str, parts: tuple[str
 
 
 def check_child(cfg: Config, swap: Swap, path: Path) -> None:
-    """Read the new config, and compare it with what it is to say."""
-    read, meant = plain(Config.fromfile(path)), plain(swap.config)
-    wrong = [key for key in ('model', 'custom_imports') if read.get(key) != meant.get(key)]
-    wrong += [key for key in meant if 'norm' not in key and key not in wrong and read.get(key) != meant[key]]
+    """Read the new config, and compare it with the swapped one."""
+    read, expected = to_plain(Config.fromfile(path)), to_plain(swap.config)
+    wrong = [key for key in ('model', 'custom_imports') if read.get(key) != expected.get(key)]
+    wrong += [key for key in expected if 'norm' not in key and key not in wrong and read.get(key) != expected[key]]
     if wrong:
         raise AssertionError(f'{path} reads back as another config in {", ".join(wrong)}; this is a bug of this tool')
 
 
-def name_of(parts: tuple[str, ...]) -> str:
-    """As config names have it: sn-all, sn-backbone-neck."""
+def name_parts(parts: tuple[str, ...]) -> str:
+    """Name parts as names of configs do: ``all``, or ``backbone-neck``."""
     return 'all' if parts == PARTS else '-'.join(parts)
 
 
-def base(config: str, text: str, folder: Path) -> str:
-    """The right side of ``_base_ =``: relative to the file for files.
+def render_base(config: str, text: str, folder: Path) -> str:
+    """Render the right side of ``_base_ =``: a name in a library, or the path of a file relative to ``folder``.
 
-    mmengine evaluates it before it looks for the base, so that this package can be imported in it, and enter the
-    libraries that mmengine would not find by itself.
+    mmengine finds the configs of some libraries only once this package is imported (:mod:`~sn_openmmlab.register`). It
+    evaluates the right side before it looks for the base, so the import can stand there.
     """
     name = config if '::' in config else Path(os.path.relpath(config, folder)).as_posix()
-    helped = set(re.findall(r'\b(\w+)::', f'{name}\n{text}')) & NEED_HELP
-    return f"__import__('sn_openmmlab') and {name!r}" if helped else repr(name)
+    hidden = set(re.findall(r'\b(\w+)::', f'{name}\n{text}')) & FOUND_AFTER_IMPORT
+    return f"__import__('sn_openmmlab') and {name!r}" if hidden else repr(name)
 
 
-def change(old: Any, new: Any, main_norm: dict, variable: str) -> Any:
-    """What a child of ``old`` has to say to become ``new``."""
+def express_change(old: Any, new: Any, main_norm: dict, variable: str) -> Any:
+    """Express ``new`` as what a config that inherits ``old`` has to set."""
     if not isinstance(new, dict) or not isinstance(old, dict):
-        return refer(new, main_norm, variable)
+        return refer_to_norm(new, main_norm, variable)
     gone = old.keys() - new.keys()
     if new == main_norm:
         return Code(f'dict(_delete_=True, **{variable})' if gone else variable)
     if gone:
-        return {'_delete_': True, **refer(new, main_norm, variable)}
+        return {'_delete_': True, **refer_to_norm(new, main_norm, variable)}
     if new.get('type') in TARGETS:
         return new
-    return {k: change(old.get(k), v, main_norm, variable) for k, v in new.items() if k not in old or old[k] != v}
+    return {
+        k: express_change(old.get(k), v, main_norm, variable) for k, v in new.items() if k not in old or old[k] != v
+    }
 
 
-def refer(value: Any, main_norm: dict, variable: str) -> Any:
-    """``value`` with the variable's name where its norm stands."""
+def refer_to_norm(value: Any, main_norm: dict, variable: str) -> Any:
+    """Put the name of the variable in place of each norm that equals it."""
     if value == main_norm:
         return Code(variable)
     if isinstance(value, dict):
-        return {k: refer(v, main_norm, variable) for k, v in value.items()}
+        return {k: refer_to_norm(v, main_norm, variable) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(refer(v, main_norm, variable) for v in value)
+        return type(value)(refer_to_norm(v, main_norm, variable) for v in value)
     return value
 
 
-def code(value: object) -> str:
-    """Python that makes ``value``."""
+def to_code(value: object) -> str:
+    """Write ``value`` as Python code."""
     if isinstance(value, Code):
         return value
     if isinstance(value, dict):
         if all(isinstance(key, str) and key.isidentifier() for key in value):
-            return f'dict({", ".join(f"{k}={code(v)}" for k, v in value.items())})'
-        return f'{{{", ".join(f"{k!r}: {code(v)}" for k, v in value.items())}}}'
+            return f'dict({", ".join(f"{k}={to_code(v)}" for k, v in value.items())})'
+        return f'{{{", ".join(f"{k!r}: {to_code(v)}" for k, v in value.items())}}}'
     if isinstance(value, list):
-        return f'[{", ".join(map(code, value))}]'
+        return f'[{", ".join(map(to_code, value))}]'
     if isinstance(value, tuple):
-        return f'({", ".join(map(code, value))}{"," * (len(value) == 1)})'
+        return f'({", ".join(map(to_code, value))}{"," * (len(value) == 1)})'
     return f"float('{value}')" if isinstance(value, float) and not math.isfinite(value) else repr(value)
 
 
-def plain(value: Any) -> Any:
-    """``value`` in dicts of Python, without the scopes that mmengine enters while reading, to be compared."""
+def to_plain(value: Any) -> Any:
+    """Copy ``value`` as plain dicts that can be compared, without the scopes that mmengine adds while it reads."""
     if isinstance(value, (dict, Config)):
-        return {key: plain(value[key]) for key in value if key != '_scope_'}
+        return {key: to_plain(value[key]) for key in value if key != '_scope_'}
     if isinstance(value, (list, tuple)):
-        return type(value)(map(plain, value))
-    return (
-        Code("float('nan')") if isinstance(value, float) and math.isnan(value) else value
-    )  # which is equal to itself, as NaN is not
+        return type(value)(map(to_plain, value))
+    if isinstance(value, float) and math.isnan(value):
+        return Code("float('nan')")  # NaN is not equal to itself
+    return value
 
 
-def differences(old: Any, new: Any, place: str = '') -> Iterator[tuple[str, Any, Any]]:
-    """Places that differ, with what was there and what is: norms as a whole."""
+def find_differences(old: Any, new: Any, place: str = '') -> Iterator[tuple[str, Any, Any]]:
+    """List the places that differ, with their old and new values. A norm is one place."""
     if old == new:
         return
     if isinstance(old, dict) and isinstance(new, dict) and new.get('type') not in TARGETS:
         for key in new:
-            yield from differences(old.get(key), new[key], f'{place}.{key}'.lstrip('.'))
+            yield from find_differences(old.get(key), new[key], f'{place}.{key}'.lstrip('.'))
     elif isinstance(old, (list, tuple)) and isinstance(new, (list, tuple)) and len(old) == len(new):
         for i, (a, b) in enumerate(zip(old, new)):
-            yield from differences(a, b, f'{place}.{i}')
+            yield from find_differences(a, b, f'{place}.{i}')
     else:
         yield place, old, new
