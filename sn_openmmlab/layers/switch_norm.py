@@ -384,7 +384,7 @@ def _check_ratios(normalizers: tuple[str, ...], ratios: object) -> None:
     if ratios is None:
         return
     values = list(ratios) if isinstance(ratios, Iterable) else []
-    numbers = all(isinstance(value, Real) and float(value) >= 0 for value in values)
+    numbers = all(isinstance(value, Real) for value in values) and all(value >= 0 for value in values)
     if len(values) != len(normalizers) or not numbers or not abs(sum(values) - 1) <= 1e-6:
         raise ValueError(
             f'init_ratios must be {len(normalizers)} non-negative numbers that sum to 1, '
