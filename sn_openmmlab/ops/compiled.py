@@ -33,15 +33,17 @@ def switch_norm_compiled(
     return y, joint
 
 
-@torch.compiler.assume_constant_result
 def takes(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether there are kernels for such tensors."""
     return device.type in ('cpu', 'cuda') and backends.choose(device, dtype) is not None
 
 
-@torch.compiler.assume_constant_result
 def _name(group) -> str:
     return group.group_name
+
+
+# as torch.compiler.assume_constant_result does it, which imports torch._dynamo: half a second
+takes._dynamo_marked_constant = _name._dynamo_marked_constant = True
 
 
 def _group(name: Optional[str]):
