@@ -23,12 +23,12 @@ def is_switchable(cls: type) -> bool:
     """Whether SN can stand in place of a class of layers: it normalizes maps of shape (N, C, \\*), and is not SN."""
     if issubclass(cls, SwitchNorm):
         return False
-    return issubclass(cls, (_BatchNorm, _InstanceNorm, nn.GroupNorm)) or is_mm_sync_bn(cls)
+    return issubclass(cls, (_InstanceNorm, nn.GroupNorm)) or is_batch_norm(cls)
 
 
-def is_mm_sync_bn(cls: type) -> bool:
-    """Whether a class is mmcv's own SyncBatchNorm, which derives from none of torch's; without importing mmcv."""
-    return any(map(is_mmcvs, cls.__mro__))
+def is_batch_norm(cls: type) -> bool:
+    """Whether a class is a BatchNorm, torch's or mmcv's own SyncBatchNorm, which derives from none; imports no mmcv."""
+    return issubclass(cls, _BatchNorm) or any(map(is_mmcvs, cls.__mro__))
 
 
 def own_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:

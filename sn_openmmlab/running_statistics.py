@@ -17,10 +17,9 @@ from mmengine.runner import Runner
 from mmengine.runner.base_loop import BaseLoop
 from mmengine.utils import track_iter_progress
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
-from .norms import is_mm_sync_bn, unwrapped
+from .norms import is_batch_norm, unwrapped
 from .ops.formula import moments_dtype
 
 _Moments = Tuple[int, Union[Tensor, float], Union[Tensor, float]]  # number of pixels, mean (C,), biased variance (C,)
@@ -124,9 +123,7 @@ def statistics_layers(model: nn.Module) -> dict[str, Any]:
         ValueError: If there are none.
     """
     layers = {
-        name: m
-        for name, m in unwrapped(model).named_modules()
-        if (isinstance(m, _BatchNorm) or is_mm_sync_bn(type(m))) and m.running_mean is not None
+        name: m for name, m in unwrapped(model).named_modules() if is_batch_norm(type(m)) and m.running_mean is not None
     }
     if not layers:
         raise ValueError('the model has no SN layer with BN, and no BatchNorm: there are no statistics to average')

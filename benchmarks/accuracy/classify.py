@@ -72,8 +72,6 @@ class Classifier(BaseModel):
 class ClassAccuracy(BaseMetric):
     """Share of right answers, in %."""
 
-    default_prefix = None
-
     def process(self, data_batch, data_samples) -> None:
         """Take pairs of a prediction and a label."""
         self.results += [predicted == label for predicted, label in data_samples]

@@ -21,6 +21,7 @@ README = Path(__file__).parent / 'README.md'
 HOME = Path(__file__).resolve().parents[2] / 'README.md'
 GUIDE = HOME.parent / 'docs/finetuning.md'
 PLOTS = HOME.parent / 'docs/images'
+SCRATCH, FINETUNED = ('bccd', 'camvid'), ('lite0_bccd', 'lite0_camvid')  # tasks whose norms share a table
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -30,12 +31,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     by_task = {task: load(task) for task in TASKS}
     parts = [tables(task, results) for task, results in by_task.items() if results]
-    scratch = {task: results for task, results in by_task.items() if not hasattr(load_task(task), 'NORMS')}
-    finetuned = summary({task: results for task, results in by_task.items() if task.startswith('lite0')})
+    scratch, finetuned = (summary({task: by_task[task] for task in tasks}) for tasks in (SCRATCH, FINETUNED))
     rewrite(
         {
             (README, 'tables'): parts,
-            (HOME, 'accuracy'): [summary(scratch)],
+            (HOME, 'accuracy'): [scratch],
             (HOME, 'finetuning'): [finetuned],
             (GUIDE, 'finetuning'): [finetuned],
         },
@@ -225,13 +225,9 @@ def draw_sizes(results: list[dict]):
     accuracy, *axes = figure.subplots(1, 3)
     for color, kind in enumerate(('BN', 'SN', 'GN', 'SN-IN-LN')):
         for average, line in ('moving average', '-'), ('batch average', '--'):
-            by_size = {}
-            for result in results:
-                norm, _, size = result['norm'].partition('-b')
-                if norm == kind and average in result['final']:
-                    for at in [int(size)] if size else [max(task.SIZES), min(task.SIZES)]:
-                        by_size.setdefault(at, []).append(result['final'][average]['accuracy'])
+            by_size = _by_size([r for r in results if average in r['final']], kind)
             if by_size:
+                by_size = {size: [r['final'][average]['accuracy'] for r in cells] for size, cells in by_size.items()}
                 middle = {size: statistics.mean(values) for size, values in by_size.items()}
                 below = [middle[size] - min(values) for size, values in by_size.items()]
                 above = [max(values) - middle[size] for size, values in by_size.items()]
@@ -242,11 +238,10 @@ def draw_sizes(results: list[dict]):
     accuracy.set(title=f'{task.NAME}, {task.EPOCHS} epochs, moving and batch average', ylabel='accuracy, %')
     accuracy.legend(frameon=False, fontsize=8)
     for kind, (ax, title) in enumerate(zip(axes, ('means', 'variances'))):
-        by_size = {}
-        for result in results:
-            norm, _, size = result['norm'].partition('-b')
-            if norm == 'SN' and size:
-                by_size.setdefault(int(size), []).append(mean_ratios(result['importance_ratios'].values())[kind])
+        by_size = {
+            size: [mean_ratios(r['importance_ratios'].values())[kind] for r in cells]
+            for size, cells in _by_size(results, 'SN').items()
+        }
         for k, name in enumerate(COLORS):
             points = {size: statistics.mean(ratios[k] for ratios in seeds) for size, seeds in by_size.items()}
             ax.plot(points.keys(), points.values(), LINES[name], color=COLORS[name], marker='.', label=name.upper())
@@ -258,6 +253,17 @@ def draw_sizes(results: list[dict]):
         ax.set_xticks(task.SIZES, task.SIZES)
         ax.invert_xaxis()
     return figure
+
+
+def _by_size(results: list[dict], kind: str) -> dict[int, list[dict]]:
+    """The cells of a norm by the number of images of its statistics; at both ends those that do not depend on it."""
+    sizes, found = load_task('cifar10').SIZES, {}
+    for result in results:
+        norm, _, size = result['norm'].partition('-b')
+        if norm == kind:
+            for at in [int(size)] if size else [sizes[0], sizes[-1]]:
+                found.setdefault(at, []).append(result)
+    return found
 
 
 if __name__ == '__main__':

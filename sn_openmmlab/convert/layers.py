@@ -17,7 +17,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from ..layers import SparseSwitchNorm, SwitchNorm, SwitchNorm1d, SwitchNorm3d, SyncSN
 from ..layers.batch_statistics import is_synchronised
 from ..layers.state_dict import tell_starts
-from ..norms import is_mmcvs, is_switchable
+from ..norms import is_mmcvs, is_switchable, own_modules
 
 _Layer = TypeVar('_Layer', bound=nn.Module)
 
@@ -119,10 +119,7 @@ def _switch_norms(model: nn.Module) -> dict[str, SwitchNorm]:
 
 def _other_norms(model: nn.Module) -> dict[str, nn.Module]:
     """The layers by name, each once, that SN can stand in place of; not the statistics inside SN layers."""
-    inside = {id(layer.bn) for layer in _switch_norms(model).values()}
-    return {
-        name: layer for name, layer in model.named_modules() if is_switchable(type(layer)) and id(layer) not in inside
-    }
+    return {name: layer for name, layer in own_modules(model) if is_switchable(type(layer))}
 
 
 def _check_one_hot(found: dict[str, SwitchNorm]) -> None:

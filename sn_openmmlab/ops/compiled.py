@@ -15,7 +15,7 @@ from torch import Tensor
 from . import backends
 from .backends.interface import Parameters, Setting, Statistics
 from .formula import moments_dtype
-from .run import backward, dense, forward
+from .run import backward, dense, forward, split_gradients
 
 
 def switch_norm_compiled(
@@ -111,15 +111,12 @@ def _keep(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, dy, *_):
-    x, mean_weight, var_weight, weight, bias, moments, joint = ctx.saved_tensors
+    x, *parameters, moments, joint = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(x)
     setting = ctx.normalizers, ctx.eps, ctx.frozen, ctx.group
-    dx, small = _backward(dy, x, mean_weight, var_weight, weight, bias, moments, joint, *setting)
-    c, k = x.shape[1], mean_weight.shape[0]
-    dweight, dbias, dmean_weight, dvar_weight = small.split([c, c, k, k])
-    grads = zip((mean_weight, var_weight, weight, bias), (dmean_weight, dvar_weight, dweight, dbias))
-    return dx, *(None if p is None else grad.to(p.dtype) for p, grad in grads), *[None] * 6
+    dx, small = _backward(dy, x, *parameters, moments, joint, *setting)
+    return dx, *split_gradients(small, Parameters(*parameters)), *[None] * 6
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)

@@ -71,6 +71,15 @@ def backward(
     return backend.combine(dy, x, moments, coefficients), small
 
 
+def split_gradients(small: Tensor, parameters: Parameters) -> list[Tensor | None]:
+    """The gradients of ``parameters``, in their dtypes, of those that :func:`backward` returns in one tensor."""
+    k = parameters.mean_weight.shape[0]
+    c = small.shape[0] // 2 - k
+    dweight, dbias, dmean_weight, dvar_weight = small.split([c, c, k, k])
+    grads = zip(parameters, (dmean_weight, dvar_weight, dweight, dbias))
+    return [None if p is None else grad.to(p.dtype) for p, grad in grads]
+
+
 def dense(x: Tensor) -> Tensor:
     """Stored with samples first and channels second, or channels last; copied only where it is neither."""
     if x.is_contiguous() or x.movedim(1, -1).is_contiguous():

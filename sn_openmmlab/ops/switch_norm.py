@@ -18,7 +18,7 @@ from . import backends
 from .backends import algebra
 from .backends.interface import Parameters, Setting, Statistics
 from .formula import NORMALIZERS, moments_dtype, switch_norm_graph, switch_norm_reference
-from .run import backward, forward
+from .run import backward, forward, split_gradients
 from .torch_versions import VERSION, count_dispatch_modes, is_compiling, is_exporting
 
 if VERSION >= (2, 7):
@@ -142,11 +142,9 @@ class _SwitchNorm(torch.autograd.Function):
 
 def _backward(ctx, dy):
     x, *parameters, moments, joint = ctx.saved_tensors
-    parameters, c, k = Parameters(*parameters), x.shape[1], len(ctx.setting.normalizers)
+    parameters = Parameters(*parameters)
     dx, small = backward(dy, x, moments, joint, parameters, ctx.setting, ctx.group, ctx.backend)
-    dweight, dbias, dmean_weight, dvar_weight = small.split([c, c, k, k])
-    grads = zip(parameters, (dmean_weight, dvar_weight, dweight, dbias))
-    return dx, *[None if p is None else grad.to(p.dtype) for p, grad in grads]
+    return dx, *split_gradients(small, parameters)
 
 
 def _differentiable_backward(ctx, dy):

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers import SwitchNorm, SyncSN
-from ..norms import is_mm_sync_bn, is_switchable, part_of
+from ..norms import is_batch_norm, is_switchable, part_of
 from .build import Norm, build, compare, scope_of
 
 PARTS = ('backbone', 'neck', 'head')
@@ -326,7 +326,7 @@ def _is_pretrained(cfg: Config) -> bool:
 def _prefers_frozen(cfg: Config, model: nn.Module) -> bool:
     """Whether the backbone starts from a BatchNorm checkpoint, whose statistics are better than those of a batch."""
     backbone = [m for name, m in model.named_modules() if part_of(name) == 'backbone']
-    if not _is_pretrained(cfg) or not any(isinstance(m, _BatchNorm) or is_mm_sync_bn(type(m)) for m in backbone):
+    if not _is_pretrained(cfg) or not any(is_batch_norm(type(m)) for m in backbone):
         return False
     images = (cfg.get('train_dataloader') or {}).get('batch_size', 1)
     return images <= SMALL_BATCH or any(getattr(m, 'norm_eval', False) for m in backbone)
