@@ -38,7 +38,11 @@ def layer_tables(result: dict) -> str:
     shapes = list(dict.fromkeys(tuple(row['shape']) for row in result['rows']))
     providers = list(dict.fromkeys(row['provider'] for row in result['rows']))
     cells = {(tuple(r['shape']), r['provider'], r['phase']): r for r in result['rows']}
-    text = [f'## {result["dtype"]}, {result["layout"].replace("_", " ")}, {result["device"]}', '', _conditions(result)]
+    text = [
+        f'## {result["dtype"]}, {result["layout"].replace("_", " ")}, {result["device"]}',
+        '',
+        _describe_conditions(result),
+    ]
     for phase, title in zip(PHASES, ('Forward', 'Backward', 'Forward and backward', 'Evaluation')):
         text += ['', f'{title}: ratio of medians to BatchNorm (BatchNorm itself in ms)', '']
         text += ['| shape | ' + ' | '.join(providers) + ' |', '| :--- |' + ' ---: |' * len(providers)]
@@ -61,10 +65,10 @@ def layer_tables(result: dict) -> str:
     for shape in shapes:
         row = [f'{cells[shape, name, "both"]["kept_bytes"] / (math.prod(shape) * size):.2f}' for name in named]
         text.append('| ' + ' | '.join(['x'.join(map(str, shape)), *row]) + ' |')
-    return '\n'.join([*text, '', *_passes(result)])
+    return '\n'.join([*text, '', *_pass_table(result)])
 
 
-def _passes(result: dict) -> list[str]:
+def _pass_table(result: dict) -> list[str]:
     """Milliseconds of each pass of SN, and how many times the traffic bound that is."""
     names = list(dict.fromkeys(row['name'] for row in result['passes']))
     text = ["SN's passes one by one: ms (multiple of the pass's own traffic bound)", '']
@@ -82,24 +86,24 @@ def _passes(result: dict) -> list[str]:
 def summary(result: dict) -> str:
     """SN on this device's kernels, by its textbook formula, and GroupNorm, as ratios to BatchNorm: geometric means."""
     names = ['SN cpp', 'SN triton', 'SN native', 'SN textbook', 'GroupNorm(32)']
-    names = [name for name in names if _of(result, name, 'both')]
-    text = [f'{result["dtype"]}, {result["device"]}, {_conditions(result)}', '']
+    names = [name for name in names if _list_ratios(result, name, 'both')]
+    text = [f'{result["dtype"]}, {result["device"]}, {_describe_conditions(result)}', '']
     text += ['| time / BatchNorm2d | ' + ' | '.join(names) + ' |', '| :--- |' + ' ---: |' * len(names)]
     for phase, title in zip(PHASES, ('forward', 'backward', 'forward and backward', 'evaluation')):
-        means = [f'{geometric_mean(_of(result, name, phase)[:REFERENCE_SHAPES]):.2f}' for name in names]
+        means = [f'{geometric_mean(_list_ratios(result, name, phase)[:REFERENCE_SHAPES]):.2f}' for name in names]
         text.append('| ' + ' | '.join([f'{title}, geometric mean of {REFERENCE_SHAPES} shapes', *means]) + ' |')
-    worst = [f'{max(_of(result, name, "both")[:REFERENCE_SHAPES]):.2f}' for name in names]
+    worst = [f'{max(_list_ratios(result, name, "both")[:REFERENCE_SHAPES]):.2f}' for name in names]
     text.append('| ' + ' | '.join(['forward and backward, slowest of them', *worst]) + ' |')
     return '\n'.join(text)
 
 
-def _of(result: dict, provider: str, phase: str) -> list[float]:
+def _list_ratios(result: dict, provider: str, phase: str) -> list[float]:
     return [r['ratio'] for r in result['rows'] if (r['provider'], r['phase']) == (provider, phase)]
 
 
 def model_table(result: dict) -> str:
     """Seconds a training step, ratio to BN, peak memory."""
-    text = [f'## Training steps, {result["device"]}', '', _conditions(result), '']
+    text = [f'## Training steps, {result["device"]}', '', _describe_conditions(result), '']
     text += ['| model | images | norm | step (s), 20 to 80 % | ratio to BN | peak memory (MiB) |']
     text += ['| :--- | :--- | :--- | ---: | ---: | ---: |']
     for r in result['rows']:
@@ -113,7 +117,12 @@ def host_table(result: dict) -> str:
     """Microseconds of the host for a layer on a GPU: the best of all rounds, and their median."""
     cells = {(r['samples'], r['name'], r['phase']): r for r in result['rows']}
     names = list(dict.fromkeys(r['name'] for r in result['rows']))
-    text = [f'## Host time of a layer on a GPU, measured without one, {result["device"]}', '', _conditions(result), '']
+    text = [
+        f'## Host time of a layer on a GPU, measured without one, {result["device"]}',
+        '',
+        _describe_conditions(result),
+        '',
+    ]
     text += [f'| us, best (median), {result["channels"]} channels | forward | backward | evaluation |']
     text += ['| :--- | ---: | ---: | ---: |']
     # torch's norms compute on the CPU here, which is nothing for 2 samples only
@@ -124,7 +133,7 @@ def host_table(result: dict) -> str:
     return '\n'.join(text)
 
 
-def _conditions(result: dict) -> str:
+def _describe_conditions(result: dict) -> str:
     return (
         f'torch {result["torch"]}, {result["threads"]} threads, load {result["load"]:.1f} at the start, '
         f'{result["date"]}, commit {result["commit"]}.'

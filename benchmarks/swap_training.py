@@ -129,7 +129,7 @@ def train_step(cfg: Config) -> str:
     before = {name: m.bn.running_mean.clone() for name, m in layers.items()}
 
     # train_step in its parts, which would clear the gradients
-    losses = model(**model.data_preprocessor(inputs(cfg), True), mode='loss')
+    losses = model(**model.data_preprocessor(make_inputs(cfg), True), mode='loss')
     loss, _ = model.parse_losses(losses)
     loss.backward()
     torch.optim.SGD(model.parameters(), 1e-4).step()
@@ -173,7 +173,7 @@ def shrink(node) -> None:
         shrink(node[key])
 
 
-def inputs(cfg: Config) -> dict:
+def make_inputs(cfg: Config) -> dict:
     """A few small images, or clips of two, with what models of their kind learn from."""
     if cfg.default_scope == 'mmseg':
         samples = [SegDataSample(metainfo=dict(img_shape=(128, 128), ori_shape=(128, 128))) for _ in range(2)]

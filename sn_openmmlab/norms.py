@@ -28,7 +28,7 @@ def is_switchable(cls: type) -> bool:
 
 def is_batch_norm(cls: type) -> bool:
     """Whether a class is a BatchNorm, torch's or mmcv's own SyncBatchNorm, which derives from none; imports no mmcv."""
-    return issubclass(cls, _BatchNorm) or any(map(is_mmcvs, cls.__mro__))
+    return issubclass(cls, _BatchNorm) or any(map(is_mmcv_sync_bn, cls.__mro__))
 
 
 def own_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -37,7 +37,7 @@ def own_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, module) for name, module in model.named_modules() if id(module) not in inside]
 
 
-def unwrapped(model: nn.Module) -> Any:
+def unwrap(model: nn.Module) -> Any:
     """The model as checkpoints know it, without DistributedDataParallel: a module of any class."""
     return model.module if is_model_wrapper(model) else model
 
@@ -65,5 +65,5 @@ def part_name(layer: str) -> str:
     return heads[-1].replace('bbox', 'box').replace('_', ' ') if heads else names[0]
 
 
-def is_mmcvs(cls: type) -> bool:
+def is_mmcv_sync_bn(cls: type) -> bool:
     return cls.__module__ == 'mmcv.ops.sync_bn' and cls.__name__ == 'SyncBatchNorm'

@@ -36,13 +36,13 @@ def _find_bases() -> None:
     for several libraries, each with its own ``default_scope``.
     """
     MODULE2PACKAGE['sn_openmmlab'] = 'sn_openmmlab'
-    Config._get_cfg_path = staticmethod(_without_our_scope(Config._get_cfg_path))
+    Config._get_cfg_path = staticmethod(_drop_our_scope(Config._get_cfg_path))
     for module, distribution in MODULE2PACKAGE.items():
         if module != distribution and not is_installed(distribution) and importlib.util.find_spec(module):
             MODULE2PACKAGE[module] = module
 
 
-def _without_our_scope(find):
+def _drop_our_scope(find):
     @functools.wraps(find)
     def get_cfg_path(*args):
         path, scope = find(*args)

@@ -19,7 +19,7 @@ from mmengine.utils import track_iter_progress
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .norms import is_batch_norm, unwrapped
+from .norms import is_batch_norm, unwrap
 from .ops.formula import moments_dtype
 
 _Moments = Tuple[int, Union[Tensor, float], Union[Tensor, float]]  # number of pixels, mean (C,), biased variance (C,)
@@ -67,21 +67,21 @@ def average_statistics(model: nn.Module, batches: Iterable, num_batches: int | N
         >>> from sn_openmmlab import average_statistics
         >>> average_statistics(runner.model, runner.train_dataloader, 200)  # doctest: +SKIP
     """
-    base_model = unwrapped(model)
+    base_model = unwrap(model)
     available = len(batches) if isinstance(batches, Sized) else num_batches
     if available is None:
         raise ValueError(f'a {type(batches).__name__} has no length: say in num_batches how many batches to take')
     num_batches = available if num_batches is None else num_batches
-    check_number(num_batches, available)
+    check_num_batches(num_batches, available)
     layers = statistics_layers(base_model)
-    with _undone(base_model), contextlib.ExitStack() as hooks:
+    with _restore_afterwards(base_model), contextlib.ExitStack() as hooks:
         base_model.train()
         layers = {name: layer for name, layer in layers.items() if layer.training}
         if not layers:
             raise ValueError('all SN and BN layers of the model are frozen (norm_eval, frozen_stages): none to average')
         seen: _Seen = dict.fromkeys(layers.values(), (0, 0.0, 0.0))
         for layer in layers.values():  # an SN layer's input comes to the hooks of its statistics too
-            hook = layer.register_forward_pre_hook(lambda layer, args: _add(seen, layer, args[0]))
+            hook = layer.register_forward_pre_hook(lambda layer, args: _add_moments(seen, layer, args[0]))
             hooks.callback(hook.remove)
         count = 0
         batches = itertools.islice(batches, num_batches)
@@ -90,7 +90,7 @@ def average_statistics(model: nn.Module, batches: Iterable, num_batches: int | N
             count += 1
         if count < num_batches:
             raise ValueError(f'num_batches={num_batches}, but there are {count} batches')
-    return _write(layers, seen)
+    return _write_statistics(layers, seen)
 
 
 def average_runner_statistics(runner: Runner, num_batches: int) -> list[str]:
@@ -108,7 +108,7 @@ def average_runner_statistics(runner: Runner, num_batches: int) -> list[str]:
     if isinstance(runner._train_loop, BaseLoop):  # build_dataloader copies the dataset, with its state
         config['dataset'] = runner._train_loop.dataloader.dataset
     config['persistent_workers'] = False
-    with _random_states():
+    with _restore_random_states():
         different = runner._randomness_cfg.get('diff_rank_seed', False)
         loader = runner.build_dataloader(config, seed=runner.seed, diff_rank_seed=different)
         names = average_statistics(runner.model, loader, num_batches)
@@ -123,20 +123,20 @@ def statistics_layers(model: nn.Module) -> dict[str, Any]:
         ValueError: If there are none.
     """
     layers = {
-        name: m for name, m in unwrapped(model).named_modules() if is_batch_norm(type(m)) and m.running_mean is not None
+        name: m for name, m in unwrap(model).named_modules() if is_batch_norm(type(m)) and m.running_mean is not None
     }
     if not layers:
         raise ValueError('the model has no SN layer with BN, and no BatchNorm: there are no statistics to average')
     return layers
 
 
-def check_number(num_batches: int, available: int) -> None:
+def check_num_batches(num_batches: int, available: int) -> None:
     """Refuse more batches than an epoch has."""
     if not 1 <= num_batches <= available:
         raise ValueError(f'num_batches must be from 1 to {available}, the batches of an epoch, got {num_batches}')
 
 
-def _add(seen: _Seen, layer: nn.Module, x: Tensor) -> None:
+def _add_moments(seen: _Seen, layer: nn.Module, x: Tensor) -> None:
     """Join the moments of one input to those of a layer's earlier ones."""
     n = x.numel() // x.shape[1]
     if n == 0:
@@ -153,7 +153,7 @@ def _add(seen: _Seen, layer: nn.Module, x: Tensor) -> None:
     )
 
 
-def _write(layers: dict[str, Any], seen: _Seen) -> list[str]:
+def _write_statistics(layers: dict[str, Any], seen: _Seen) -> list[str]:
     """Join the moments of all processes, in float64, and let the layers have them."""
     sizes = [layer.num_features for layer in layers.values()]
     device = next(iter(layers.values())).running_mean.device
@@ -184,12 +184,12 @@ def _sum_over_ranks(t: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _undone(model: nn.Module) -> Iterator[None]:
+def _restore_afterwards(model: nn.Module) -> Iterator[None]:
     """Bring back what training batches change: modes, buffers, the state of random number generators."""
     modes = [(m, m.training) for m in model.modules()]
     buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
     try:
-        with _random_states():
+        with _restore_random_states():
             yield
     finally:
         for m, mode in modes:
@@ -199,7 +199,7 @@ def _undone(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _random_states() -> Iterator[None]:
+def _restore_random_states() -> Iterator[None]:
     """Bring back the state of Python's, NumPy's and torch's random number generators."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sn_openmmlab import SparseSwitchNorm
 from sn_openmmlab.checkpoint import read as module
-from sn_openmmlab.checkpoint.read import HARMLESS, TRUST, read_checkpoint, read_checkpoints_as_data, trusted
+from sn_openmmlab.checkpoint.read import HARMLESS, TRUST, is_trusted, read_checkpoint, read_checkpoints_as_data
 from sn_openmmlab.ops.torch_versions import VERSION
 
 # -- what mmengine saves ----------------------------------------------------------------------------------------------
@@ -271,16 +271,16 @@ def test_all_that_is_allowed_has_a_test_or_is_numpys():
 def test_trust_is_read_as_torch_reads_it(value, said, monkeypatch):
     """An ``0`` turned the protection off."""
     monkeypatch.setenv(TRUST, value)
-    assert trusted() is said
+    assert is_trusted() is said
     read_checkpoints_as_data()
     assert (os.environ.get('TORCH_FORCE_WEIGHTS_ONLY_LOAD') == '1') is (not said and VERSION >= (2, 6))
 
 
 def test_no_trust_without_the_variable(monkeypatch):
     monkeypatch.delenv(TRUST, raising=False)
-    assert not trusted()
+    assert not is_trusted()
     monkeypatch.setenv(TRUST, '')
-    assert not trusted()
+    assert not is_trusted()
 
 
 def test_a_configs_text_in_a_checkpoint_is_not_run(tmp_path, monkeypatch):

@@ -213,7 +213,7 @@ def test_norms_that_cannot_be_sn_are_no_cause_for_a_warning(tool):
     train = tool('train')
     model = nn.ModuleDict(dict(backbone=nn.LayerNorm(4), neck=nn.GroupNorm(2, 4), head=SwitchNorm(4)))
     runner = SimpleNamespace(model=model, cfg=Config(dict(model=dict(backbone={}, neck={}, head={}))))
-    assert train.other_norms(runner) == {'neck': {'GroupNorm': 1}}
+    assert train.count_other_norms(runner) == {'neck': {'GroupNorm': 1}}
 
 
 def test_two_processes(place):

@@ -13,7 +13,7 @@ from common import add_common_options, check_paths, load_config, run, save
 from mmengine.dist import is_main_process
 from mmengine.runner import Runner
 
-from sn_openmmlab.checkpoint.read import read_checkpoint, state_dict_in
+from sn_openmmlab.checkpoint.read import find_state_dict, read_checkpoint
 from sn_openmmlab.running_statistics import average_runner_statistics, statistics_layers
 
 
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f'--num-batches must be at least 1, got {args.num_batches}')
     try:
         content = read_checkpoint(args.checkpoint)
-        state_dict = state_dict_in(content)
+        state_dict = find_state_dict(content)
     except (OSError, ValueError) as error:
         parser.error(f'{args.checkpoint}: {error}')
     cfg = load_config(parser, args)

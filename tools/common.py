@@ -114,7 +114,7 @@ def part_file(path: Path, suffix: str = '') -> Path:
 
 
 @contextlib.contextmanager
-def writing(path: Path, suffix: str = '') -> Iterator[Path]:
+def write_whole(path: Path, suffix: str = '') -> Iterator[Path]:
     """Give a temporary name to write to, and rename the file at the end, so that ``path`` is never half a file.
 
     A link is followed, and stays. Whatever ends the work, nothing is left behind; a full disk, or the like, ends the
@@ -122,7 +122,7 @@ def writing(path: Path, suffix: str = '') -> Iterator[Path]:
     """
     part = part_file(path, suffix)
     try:
-        with stopping():
+        with exit_on_signals():
             yield part
             part.replace(path.resolve())
     except (OSError, RuntimeError) as error:
@@ -140,7 +140,7 @@ def writing(path: Path, suffix: str = '') -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def stopping() -> Iterator[None]:
+def exit_on_signals() -> Iterator[None]:
     """Within it SIGTERM and SIGHUP, where they would end the program as it stands, raise SystemExit."""
     signals = [getattr(signal, name) for name in ('SIGTERM', 'SIGHUP') if hasattr(signal, name)]
     if threading.current_thread() is not threading.main_thread():  # no other may set handlers
@@ -157,7 +157,7 @@ def stopping() -> Iterator[None]:
 
 def save(content: object, path: str | Path) -> None:
     """Write a checkpoint, or bytes."""
-    with writing(Path(path)) as part, part.open('wb') as file:
+    with write_whole(Path(path)) as part, part.open('wb') as file:
         if isinstance(content, bytes):
             file.write(content)
         else:
@@ -168,14 +168,14 @@ def run(cfg: Config, work: Callable[[Runner], object]) -> None:
     """Build the runner that the config describes and do ``work`` with it."""
     if cfg.launcher == 'pytorch' and get_device() == 'cpu':
         join_cpu_group(cfg)
-    with refusing_code():
+    with refuse_code():
         work(RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg))
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # the group's threads may abort a process that ends before it
 
 
 @contextlib.contextmanager
-def refusing_code() -> Iterator[None]:
+def refuse_code() -> Iterator[None]:
     """Within it a checkpoint that holds code, or cannot be converted, ends the program with a line that says so."""
     try:
         yield

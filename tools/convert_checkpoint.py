@@ -11,8 +11,8 @@ import argparse
 from common import check_paths, save
 
 from sn_openmmlab import __version__
-from sn_openmmlab.checkpoint.convert import RULES, TARGETS, convert_checkpoint, description
-from sn_openmmlab.checkpoint.read import read_checkpoint, state_dict_in
+from sn_openmmlab.checkpoint.convert import RULES, TARGETS, convert_checkpoint, describe_data
+from sn_openmmlab.checkpoint.read import find_state_dict, read_checkpoint
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -56,13 +56,13 @@ def main(argv: list[str] | None = None) -> None:
     for src in args.src:
         try:
             content = read_checkpoint(src)
-            tensors = state_dict_in(content)
+            tensors = find_state_dict(content)
         except (OSError, ValueError) as error:
             parser.error(f'{src}: {error}')
         if state_dict.keys() & tensors.keys():
             parser.error(f'{src} has keys of the file before it, such as {min(state_dict.keys() & tensors.keys())}')
         state_dict.update(tensors)
-        meta.update(description(content))
+        meta.update(describe_data(content))
     try:
         result, report = convert_checkpoint(state_dict, args.source, args.target, args.init_ratios, args.prefix)
     except ValueError as error:

@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from common import check_paths, load_config, refusing_code, writing
+from common import check_paths, load_config, refuse_code, write_whole
 from mmengine.config import DictAction
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     cfg = load_config(parser, args)
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     try:
-        with refusing_code():  # of a teacher that the config names
+        with refuse_code():  # of a teacher that the config names
             model = revert_sync_batchnorm(MODELS.build(cfg.model))
     except ValueError as error:
         parser.error(f'{args.config}: {error}')
@@ -59,14 +59,14 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f'{args.checkpoint}: {error}')
     net = Network(model, args.features).eval()
     x = torch.randn(2 if args.dynamic else 1, 3, *args.shape)  # exporters take a size of 1 for a constant
-    expected = [(x, outputs(parser, args, net, x))]
+    expected = [(x, run_model(parser, args, net, x))]
     if args.dynamic:
         other = torch.randn(3, 3, args.shape[0] + 64, args.shape[1] + 32)
-        expected.append((other, outputs(parser, args, net, other)))
+        expected.append((other, run_model(parser, args, net, other)))
     layers = sum(isinstance(m, SwitchNorm) for m in net.modules())
     if args.fold:
         print(f'{fold_batch_norm(net, x)} of {layers} SN layers folded into convolutions')
-    with writing(args.out, args.out.suffix) as part:
+    with write_whole(args.out, args.out.suffix) as part:
         with torch.no_grad(), quiet():
             export(args, net, x, part)
             differences = [compare(part, x, y) for x, y in expected]
@@ -123,7 +123,7 @@ def load(parser: argparse.ArgumentParser, model: nn.Module, path: str) -> None:
         print(f'{len(unexpected)} parameters of {path} are not in the model, such as {", ".join(unexpected[:3])}')
 
 
-def outputs(parser: argparse.ArgumentParser, args: argparse.Namespace, net: nn.Module, x: Tensor) -> list[Tensor]:
+def run_model(parser: argparse.ArgumentParser, args: argparse.Namespace, net: nn.Module, x: Tensor) -> list[Tensor]:
     """What the model gives, or an error that says what else could be exported."""
     try:
         with torch.no_grad():

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import part_file, stopping
+from common import exit_on_signals, part_file
 from mmengine.config import Config
 from mmengine.hub import get_config
 from rich.console import Console
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     if not swap.changed:
         parser.error(f'{args.config}: nothing to write, no norm layer changes')
     child = cfg, swap, args.config, args.to, args.parts
-    with stopping(), tempfile.TemporaryDirectory(dir=None if args.dry_run else args.out.parent) as folder:
+    with exit_on_signals(), tempfile.TemporaryDirectory(dir=None if args.dry_run else args.out.parent) as folder:
         # as deep as the file to come, so that a relative base is right in both
         draft = Path(folder if args.dry_run else args.out.parent, f'.{args.out.stem[:50]}.{Path(folder).name}.py')
         try:

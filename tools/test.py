@@ -91,7 +91,7 @@ def augment(parser: argparse.ArgumentParser, cfg: Config, scope: str) -> None:
             'tta_model',
             dict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)),
         )
-        cfg.setdefault('tta_pipeline', flipping(dataset.pipeline))
+        cfg.setdefault('tta_pipeline', flip_pipeline(dataset.pipeline))
     for name in 'tta_model', 'tta_pipeline':
         if not cfg.get(name):
             parser.error(f'--tta needs {name} in the config; the _base_ configs of {scope} have examples')
@@ -99,7 +99,7 @@ def augment(parser: argparse.ArgumentParser, cfg: Config, scope: str) -> None:
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
 
 
-def flipping(pipeline: list) -> list:
+def flip_pipeline(pipeline: list) -> list:
     """mmdet's test pipeline with its packing replaced by packing twice, once flipped."""
     keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction')
     flips = [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)]

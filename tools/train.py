@@ -16,7 +16,7 @@ from mmengine.runner import Runner
 
 from sn_openmmlab import SwitchNorm
 from sn_openmmlab.checkpoint import SCHEME
-from sn_openmmlab.norms import is_switchable, own_modules, unwrapped
+from sn_openmmlab.norms import is_switchable, own_modules, unwrap
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -56,18 +56,18 @@ def main(argv: list[str] | None = None) -> None:
         last = Path(cfg.work_dir, 'last_checkpoint')
         if args.resume == 'auto' and last.is_file():
             check_file(parser, f'the checkpoint that {last} names,', last.read_text(encoding='utf-8').strip())
-    for name, path in checkpoints(cfg.to_dict()):
+    for name, path in find_checkpoints(cfg.to_dict()):
         check_file(parser, name, path)
     run(cfg, train)
 
 
-def checkpoints(value: object, name: str = '') -> Iterator[tuple[str, str]]:
+def find_checkpoints(value: object, name: str = '') -> Iterator[tuple[str, str]]:
     """What a config wants to load: ``load_from``, and whatever it names as switchnorm://, with the settings' names."""
     if isinstance(value, str) and (name == 'load_from' or value.startswith(SCHEME)):
         yield name, value
     elif isinstance(value, (dict, list, tuple)):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from checkpoints(item, f'{name}.{key}'.lstrip('.'))
+            yield from find_checkpoints(item, f'{name}.{key}'.lstrip('.'))
 
 
 def train(runner: Runner) -> None:
@@ -82,7 +82,7 @@ class WarnOfOtherNorms(Hook):
     def before_train(self, runner: Runner) -> None:
         """Name the parts that hold other norms."""
         said = [name for name, value in runner.cfg.items() if name.endswith('norm_cfg') and is_sn(value)]
-        others = other_norms(runner) if said else {}
+        others = count_other_norms(runner) if said else {}
         if others:
             held = '; '.join(
                 f'{part}: {", ".join(f"{n} {kind}" for kind, n in c.items())}' for part, c in others.items()
@@ -101,10 +101,10 @@ def is_sn(norm_cfg: object) -> bool:
     return isinstance(kind, type) and issubclass(kind, SwitchNorm)
 
 
-def other_norms(runner: Runner) -> dict[str, Counter]:
+def count_other_norms(runner: Runner) -> dict[str, Counter]:
     """By the parts of the model, under their names in the config: how many norm layers of which kind could be SN."""
     others = defaultdict(Counter)
-    for name, m in own_modules(unwrapped(runner.model)):
+    for name, m in own_modules(unwrap(runner.model)):
         kind = type(m).__name__
         if not is_switchable(type(m)):  # SN is not, nor LayerNorm, to which no norm_cfg=dict(type='SN') fits
             continue

@@ -47,20 +47,20 @@ def layers(runs: list[Run]) -> Figure:
     for i, run in enumerate(runs):
         places = [rows.index(layer) for layer in run.layers]
         for kind, ax in enumerate(axes[2 * i : 2 * i + 2]):
-            _bars(ax, places, [ratios[kind] for ratios in run.layers.values()])
-            ax.set_title(_title(runs, run, TITLES[kind]), fontsize=8)
-    axes[0].set_yticks(range(len(rows)), map(_text, rows), fontsize=6)
+            _draw_bars(ax, places, [ratios[kind] for ratios in run.layers.values()])
+            ax.set_title(_make_title(runs, run, TITLES[kind]), fontsize=8)
+    axes[0].set_yticks(range(len(rows)), map(_escape, rows), fontsize=6)
     for row, label in zip(rows, axes[0].get_yticklabels()):
         if row in names:
             label.set(fontsize=7.5, fontweight='bold')
     axes[0].set_ylim(len(rows) - 0.4, -0.6)
-    _legend(figure)
+    _draw_legend(figure)
     return figure
 
 
 def parts(runs: list[Run]) -> Figure:
     """Stacked bars of the parts, means over their layers, with numbers."""
-    rows = [(part, run) for part in _all_parts(runs) for run in runs if part in run.parts]
+    rows = [(part, run) for part in _list_parts(runs) for run in runs if part in run.parts]
     places = np.arange(len(rows)) + 0.5 * np.cumsum(
         [i > 0 and rows[i - 1][0] != part for i, (part, _) in enumerate(rows)]
     )
@@ -68,12 +68,12 @@ def parts(runs: list[Run]) -> Figure:
     axes = figure.subplots(1, 2, sharey=True)
     for kind, ax in enumerate(axes):
         values = [mean_ratios(run.layers[layer] for layer in run.parts[part])[kind] for part, run in rows]
-        _bars(ax, places, values, numbers=True)
+        _draw_bars(ax, places, values, numbers=True)
         ax.set_title(TITLES[kind], fontsize=9)
     names = [part if len(runs) == 1 else f'{part}, {run.label}' for part, run in rows]
-    axes[0].set_yticks(places, map(_text, names), fontsize=8)
+    axes[0].set_yticks(places, map(_escape, names), fontsize=8)
     axes[0].set_ylim(places[-1] + 0.6, -0.6)
-    _legend(figure)
+    _draw_legend(figure)
     return figure
 
 
@@ -95,19 +95,19 @@ def radar(runs: list[Run]) -> Figure:
                 ax.fill(angles, np.nan_to_num(values), color=color, alpha=0.08)
             ax.set_rlim(0, top)
             ax.set_rgrids(np.arange(0.2, top + 0.01, 0.2), angle=180 / len(means), fontsize=7, color='0.4')
-            _, labels = ax.set_thetagrids(np.degrees(angles), [*map(_text, run.parts)], fontsize=8)
+            _, labels = ax.set_thetagrids(np.degrees(angles), [*map(_escape, run.parts)], fontsize=8)
             for angle, label in zip(angles, labels):
                 label.set_horizontalalignment(('center', 'left', 'right')[int(np.sign(np.sin(angle).round(9)))])
-            ax.set_title(_title(runs, run, TITLES[kind]), fontsize=9)
+            ax.set_title(_make_title(runs, run, TITLES[kind]), fontsize=9)
             ax.spines['polar'].set_color('0.8')
             ax.grid(color='0.85')
-    _legend(figure)
+    _draw_legend(figure)
     return figure
 
 
 def course(runs: list[Run]) -> Figure:
     """Ratios over training: the mean of each part as a line, the middle half of its layers as a band."""
-    parts = _all_parts(runs)
+    parts = _list_parts(runs)
     figure = Figure(figsize=(1 + 6 * len(runs), 0.9 + 1.6 * len(parts)), layout='constrained')
     axes = figure.subplots(len(parts), 2 * len(runs), sharey=True, squeeze=False)
     for column, ax in np.ndenumerate(axes):
@@ -125,10 +125,10 @@ def course(runs: list[Run]) -> Figure:
         ax.grid(color='0.9')
         ax.tick_params(labelsize=7)
         ax.spines[['top', 'right']].set_visible(False)
-        ax.set_title(_title(runs, run, f'{part}, {TITLES[kind]}'), fontsize=8)
+        ax.set_title(_make_title(runs, run, f'{part}, {TITLES[kind]}'), fontsize=8)
     axes[0, 0].set_ylim(0)  # of all
     figure.supxlabel('iterations', fontsize=8)
-    _legend(figure)
+    _draw_legend(figure)
     return figure
 
 
@@ -139,20 +139,22 @@ def part_course(run: Run, part: str) -> np.ndarray:
     return ratios.reshape(len(run.course), len(logged), 2, 3)
 
 
-def _all_parts(runs: list[Run]) -> list[str]:
+def _list_parts(runs: list[Run]) -> list[str]:
     return [*dict.fromkeys(part for run in runs for part in run.parts)]
 
 
-def _title(runs: list[Run], run: Run, text: str) -> str:
-    return _text(f'{run.label}\n{text}' if len(runs) > 1 else text)
+def _make_title(runs: list[Run], run: Run, text: str) -> str:
+    return _escape(f'{run.label}\n{text}' if len(runs) > 1 else text)
 
 
-def _text(name: str) -> str:
+def _escape(name: str) -> str:
     """A name as matplotlib writes it, which takes what stands between two dollar signs for a formula."""
     return name.replace('$', r'\$')
 
 
-def _bars(ax: Axes, places: Sequence[float] | np.ndarray, layers: Sequence[np.ndarray], numbers: bool = False) -> None:
+def _draw_bars(
+    ax: Axes, places: Sequence[float] | np.ndarray, layers: Sequence[np.ndarray], numbers: bool = False
+) -> None:
     ratios = np.nan_to_num(layers)
     left = np.zeros(len(ratios))
     for normalizer, values in zip(NORMALIZERS, ratios.T):
@@ -169,7 +171,7 @@ def _bars(ax: Axes, places: Sequence[float] | np.ndarray, layers: Sequence[np.nd
     ax.spines[:].set_visible(False)
 
 
-def _legend(figure: Figure) -> None:
+def _draw_legend(figure: Figure) -> None:
     lines = [
         figure.axes[0].plot([], [], color=color, linewidth=6, label=normalizer.upper())[0]
         for normalizer, color in COLORS.items()

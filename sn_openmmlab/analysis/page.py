@@ -19,21 +19,21 @@ def render(runs: list[Run]) -> str:
     """The text of the page: its template with the ratios, as JSON, in it."""
     data = dict(
         normalizers=[dict(name=name.upper(), color=color, dash=DASHES[LINES[name]]) for name, color in COLORS.items()],
-        runs=[_plain(run) for run in runs],
+        runs=[_describe_run(run) for run in runs],
     )
     text = json.dumps(data, allow_nan=False).replace('<', '\\u003c')  # no label can end the element that it is in
     return TEMPLATE.read_text(encoding='utf-8').replace('/*data*/', text)
 
 
-def _plain(run: Run) -> dict:
+def _describe_run(run: Run) -> dict:
     steps = [*run.course]
     steps = [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, min(len(steps), STEPS)).astype(int))]
     layers = [
         dict(
             name=layer,
             part=part,
-            ratios=_numbers(run.layers[layer]),
-            course=[_numbers(run.course[step][layer]) for step in steps]
+            ratios=_round_ratios(run.layers[layer]),
+            course=[_round_ratios(run.course[step][layer]) for step in steps]
             if all(layer in run.course[step] for step in steps)
             else [],
         )
@@ -43,5 +43,5 @@ def _plain(run: Run) -> dict:
     return dict(label=run.label, steps=steps, layers=layers)
 
 
-def _numbers(ratios: np.ndarray) -> list[list[float | None]]:
+def _round_ratios(ratios: np.ndarray) -> list[list[float | None]]:
     return [[None if np.isnan(ratio) else round(float(ratio), 4) for ratio in row] for row in ratios]

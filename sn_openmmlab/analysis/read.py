@@ -73,13 +73,13 @@ def read_ratios(path: str | Path, label: str | None = None) -> Run:
     path = Path(path)
     name = path.resolve()
     if path.is_dir():
-        return _run(label or name.name, *_read_work_dir(path))
+        return _make_run(label or name.name, *_read_work_dir(path))
     if path.suffix == '.json':
-        return _run(label or name.stem, _read_result(path))
-    return _run(label or f'{name.parent.name}/{name.stem}', _read_checkpoint(path, {}))
+        return _make_run(label or name.stem, _read_result(path))
+    return _make_run(label or f'{name.parent.name}/{name.stem}', _read_checkpoint(path, {}))
 
 
-def _run(label: str, layers: dict[str, np.ndarray], course: dict[int, dict[str, np.ndarray]] | None = None) -> Run:
+def _make_run(label: str, layers: dict[str, np.ndarray], course: dict[int, dict[str, np.ndarray]] | None = None) -> Run:
     """A run whose names can be printed, whatever the bytes of a path are, or of a file that is none of ours."""
     for layer in layers:
         if not layer.isprintable():
@@ -103,13 +103,13 @@ def _read_checkpoint(path: Path, known: dict[str, np.ndarray]) -> dict[str, np.n
         logits = [state.get(f'{prefix}.{kind}_weight') for kind in KINDS]
         has_bn = f'{prefix}.bn.running_mean' in state or f'{prefix}.running_mean' in state
         name = re.sub(r'^module\.', '', prefix)
-        layers[name] = _ratios(name, logits, state.get(f'{prefix}.radius'), has_bn, known.get(name))
+        layers[name] = _compute_ratios(name, logits, state.get(f'{prefix}.radius'), has_bn, known.get(name))
     if not layers:
         raise ValueError(NO_SN)
     return layers
 
 
-def _ratios(
+def _compute_ratios(
     layer: str, logits: list[Tensor | None], radius: Tensor | None, has_bn: bool, known: np.ndarray | None
 ) -> np.ndarray:
     """Softmax of the logits, or what SSN has in its place, which is the one with a radius."""
@@ -126,20 +126,20 @@ def _ratios(
     count, both = len(vectors[0]), torch.stack(vectors).float()
     ratios = (both.softmax(1) if radius is None else sparsestmax(both, radius)).tolist()
     if known is not None and (~np.isnan(known[0])).sum() == count:
-        return _filled(ratios, ~np.isnan(known[0]))
+        return _fill_array(ratios, ~np.isnan(known[0]))
     if count != 3 and (count != 2 or has_bn):
         raise ValueError(
             f'{layer}: {count} logits {"with" if has_bn else "without"} batch statistics do not tell their '
             'normalizers, but a log of SNRatioHook does: give a work directory that has one'
         )
-    return _filled(ratios)
+    return _fill_array(ratios)
 
 
 def _is_plain(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
 
 
-def _filled(ratios: list[list[float]], places: np.ndarray | None = None) -> np.ndarray:
+def _fill_array(ratios: list[list[float]], places: np.ndarray | None = None) -> np.ndarray:
     """Ratios of the normalizers at ``places`` as an array (2, 3); by default the first ones, a pair being IN and LN."""
     array = np.full((2, 3), np.nan)
     array[:, slice(len(ratios[0])) if places is None else places] = ratios
@@ -149,7 +149,7 @@ def _filled(ratios: list[list[float]], places: np.ndarray | None = None) -> np.n
 def _read_result(path: Path) -> dict[str, np.ndarray]:
     try:
         layers = json.loads(path.read_text(encoding='utf-8'))['importance_ratios']
-        layers = {name: _filled(ratios) for name, ratios in layers.items()}
+        layers = {name: _fill_array(ratios) for name, ratios in layers.items()}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError('no JSON with importance_ratios, by layer two triples or pairs') from error
     if not layers:

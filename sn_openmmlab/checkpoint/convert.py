@@ -18,7 +18,7 @@ from torch import Tensor
 from ..layers import SwitchNorm
 from ..layers.state_dict import AUTHORS_NAMES
 from . import names
-from .read import MapLocation, read_checkpoint, state_dict_in
+from .read import MapLocation, find_state_dict, read_checkpoint
 
 SCHEME = 'switchnorm://'
 TARGETS = ('mmdet', 'mmseg', 'mmpretrain')
@@ -51,9 +51,9 @@ class Report:
             f'{len(self.missing)} missing'
         ]
         for reason in dict.fromkeys(self.skipped.values()):
-            lines.append(f'skipped {_few(key for key, why in self.skipped.items() if why == reason)}: {reason}')
+            lines.append(f'skipped {_list_first(key for key, why in self.skipped.items() if why == reason)}: {reason}')
         if self.missing:
-            lines.append(f'missing {_few(self.missing)}')
+            lines.append(f'missing {_list_first(self.missing)}')
         return '\n  '.join([*lines, *(f'note: {note}' for note in self.notes)])
 
 
@@ -93,21 +93,21 @@ def convert_checkpoint(
         ValueError: If the checkpoint is not of that kind or holds what the target cannot compute, or an argument is
             wrong.
     """
-    state_dict = {names.unwrapped(key): value for key, value in state_dict.items()}
+    state_dict = {names.strip_wrappers(key): value for key, value in state_dict.items()}
     _check_memory(state_dict)
-    source = _checked_source(state_dict, source)
+    source = _find_source(state_dict, source)
     if prefix is not None and source != 'bn':
         raise ValueError(f'prefix={prefix!r} is for BatchNorm checkpoints; the names of this {source} one are known')
-    front = names.unwrapped(f'{prefix.rstrip(".")}.') if prefix else ''
+    front = names.strip_wrappers(f'{prefix.rstrip(".")}.') if prefix else ''
     outside = {key: f'not under {front}' for key in state_dict if not key.startswith(front)}
     if len(outside) == len(state_dict):
-        raise ValueError(f'none of its names begins with prefix={prefix!r}; they are {_few(state_dict)}')
+        raise ValueError(f'none of its names begins with prefix={prefix!r}; they are {_list_first(state_dict)}')
     state_dict = {key[len(front) :]: value for key, value in state_dict.items() if key not in outside}
     modules: names.Modules = {}
     for key, value in state_dict.items():
         module, _, name = key.rpartition('.')
         modules.setdefault(module, {})[name] = value
-    target = _checked_target(modules, source, target)
+    target = _find_target(modules, source, target)
     if init_ratios is not None and source != 'bn':
         raise ValueError(f'init_ratios={init_ratios} is for BatchNorm checkpoints; this {source} one has its own')
     if source != 'bn':
@@ -122,20 +122,20 @@ def convert_checkpoint(
         keys = {name: front + f'{module}.{name}'.lstrip('.') for name in tensors}
         new = names.rename(module, rules)
         if new is None:
-            raise ValueError(f'{target} has no part that is known to compute what {_few(keys.values())} do')
+            raise ValueError(f'{target} has no part that is known to compute what {_list_first(keys.values())} do')
         if new.startswith(names.SKIP):
             report.skipped.update(dict.fromkeys(keys.values(), new[len(names.SKIP) :]))
             continue
         if 'mean_weight' in tensors:
-            renamed = _switch_norm(module, tensors, report)
+            renamed = _convert_switch_norm(module, tensors, report)
         elif source == 'bn' and 'running_mean' in tensors:
             if init_ratios is not None:
-                started = _started(tensors, init_ratios)
+                started = _start_from_batch_norm(tensors, init_ratios)
                 result.update({f'{new}.{name}': started.pop(name) for name in _LOGITS})
                 tensors = {**tensors, **started}
-            renamed = {name: (_place(name), value) for name, value in tensors.items()}
+            renamed = {name: (_rename_tensor(name), value) for name, value in tensors.items()}
         else:
-            values = _reordered(new, tensors, modules, report) if source == 'detectron' else tensors
+            values = _reorder_outputs(new, tensors, modules, report) if source == 'detectron' else tensors
             renamed = {name: (name, value) for name, value in values.items()}
         for name, (place, value) in renamed.items():
             key = f'{new}.{place}'.replace('..', '.').lstrip('.')
@@ -144,8 +144,8 @@ def convert_checkpoint(
             result[key] = value
             report.mapped[keys[name]] = key
     if source != 'bn':
-        report.missing += _missing(result, source)
-    report.notes += _notes(result, modules, source)
+        report.missing += _find_missing(result, source)
+    report.notes += _write_notes(result, modules, source)
     return result, report
 
 
@@ -153,14 +153,14 @@ def load_from_switchnorm(filename: str, map_location: MapLocation = None) -> dic
     """Read and convert ``switchnorm://PATH``, and log what became of the keys."""
     try:
         content = read_checkpoint(re.sub(f'^{SCHEME}', '', filename), map_location)
-        state_dict, report = convert_checkpoint(state_dict_in(content))
+        state_dict, report = convert_checkpoint(find_state_dict(content))
     except ValueError as error:
         raise ValueError(f'{filename}: {error}') from error
     print_log(str(report), logger='current')
-    return dict(state_dict=state_dict, meta=description(content))
+    return dict(state_dict=state_dict, meta=describe_data(content))
 
 
-def description(content: object) -> dict[str, object]:
+def describe_data(content: object) -> dict[str, object]:
     """What a checkpoint says of the data that it was trained on: names and colours of classes."""
     meta = content.get('meta') if isinstance(content, Mapping) else None
     meta = meta if isinstance(meta, Mapping) else {}
@@ -170,7 +170,7 @@ def description(content: object) -> dict[str, object]:
 # -- what it is -----------------------------------------------------------------------------------------------------
 
 
-def _checked_source(state_dict: Mapping[str, Tensor], source: str) -> str:
+def _find_source(state_dict: Mapping[str, Tensor], source: str) -> str:
     if source not in ('auto', *RULES):
         raise ValueError(f'source must be auto, {", ".join(RULES)}, got {source!r}')
     layers = [key for key in state_dict if key.endswith('mean_weight')]
@@ -181,13 +181,13 @@ def _checked_source(state_dict: Mapping[str, Tensor], source: str) -> str:
     elif any(key.endswith('running_mean') for key in state_dict):
         found = 'bn'
     else:
-        raise ValueError(f'there is neither an SN nor a BatchNorm layer among its keys {_few(state_dict)}')
+        raise ValueError(f'there is neither an SN nor a BatchNorm layer among its keys {_list_first(state_dict)}')
     if source not in ('auto', found):
-        raise ValueError(f'by its keys {_few(state_dict)} it is a {found} checkpoint, not a {source} one')
+        raise ValueError(f'by its keys {_list_first(state_dict)} it is a {found} checkpoint, not a {source} one')
     return found
 
 
-def _checked_target(modules: names.Modules, source: str, target: str | None) -> str:
+def _find_target(modules: names.Modules, source: str, target: str | None) -> str:
     if target not in (None, *TARGETS):
         raise ValueError(f'target must be {", ".join(TARGETS)}, got {target!r}')
     decoder = source == 'switchnorm' and names.has_decoder(modules)
@@ -199,7 +199,7 @@ def _checked_target(modules: names.Modules, source: str, target: str | None) -> 
 
 def _refuse_foreign_names(modules: names.Modules) -> None:
     """Of BatchNorm models all names are taken as they are, so that nobody would notice names that no model has."""
-    prefixes = [names.foreign_prefix(module) for module, tensors in modules.items() if 'running_mean' in tensors]
+    prefixes = [names.find_foreign_prefix(module) for module, tensors in modules.items() if 'running_mean' in tensors]
     if any(prefixes) and '' not in prefixes:
         first = next(filter(None, prefixes))
         raise ValueError(
@@ -232,18 +232,18 @@ def _refuse_pre_activation(modules: names.Modules) -> None:
 # -- tensors --------------------------------------------------------------------------------------------------------
 
 
-def _place(name: str) -> str:
+def _rename_tensor(name: str) -> str:
     return f'bn.{name}' if name in _STATISTICS else name
 
 
-def _started(tensors: dict[str, Tensor], init_ratios: Sequence[float]) -> dict[str, Tensor]:
+def _start_from_batch_norm(tensors: dict[str, Tensor], init_ratios: Sequence[float]) -> dict[str, Tensor]:
     """Logits, weight and bias of a layer that starts from a BatchNorm's tensors."""
     layer = SwitchNorm(tensors['running_mean'].numel(), init_ratios=init_ratios)
     mean, var = tensors['running_mean'], tensors['running_var']
     return layer.start_from(tensors.get('weight'), tensors.get('bias'), mean, var)
 
 
-def _switch_norm(module: str, tensors: dict[str, Tensor], report: Report) -> dict[str, tuple[str, Tensor]]:
+def _convert_switch_norm(module: str, tensors: dict[str, Tensor], report: Report) -> dict[str, tuple[str, Tensor]]:
     """The authors' layer, whose tensors are (1, C, 1, 1) and (1, C, 1), as ours: new names and values (C,)."""
     sizes = [tensors[name].numel() for name in _LOGITS if name in tensors]
     if sizes[0] not in (2, 3) or sizes[-1] != sizes[0]:
@@ -259,11 +259,11 @@ def _switch_norm(module: str, tensors: dict[str, Tensor], report: Report) -> dic
             value = value.reshape(-1)
         elif name not in (*_LOGITS, 'num_batches_tracked'):
             raise ValueError(f'{module}.{name} is nothing that an SN layer has')
-        renamed[name] = (_place(name), value)
+        renamed[name] = (_rename_tensor(name), value)
     return renamed
 
 
-def _reordered(new: str, tensors: dict[str, Tensor], modules: names.Modules, report: Report) -> dict[str, Tensor]:
+def _reorder_outputs(new: str, tensors: dict[str, Tensor], modules: names.Modules, report: Report) -> dict[str, Tensor]:
     """Predictors with their outputs in mmdet's order, other tensors as they are.
 
     Detectron's class 0 is the background. mmdet has it last in the scores, and no boxes and masks of it.
@@ -294,7 +294,7 @@ def _reordered(new: str, tensors: dict[str, Tensor], modules: names.Modules, rep
 # -- the report -----------------------------------------------------------------------------------------------------
 
 
-def _missing(result: dict[str, Tensor], source: str) -> list[str]:
+def _find_missing(result: dict[str, Tensor], source: str) -> list[str]:
     """Names that the others ask for: an SN layer's all, a convolution's norm, the block before, a detector's parts."""
     wanted = []
     for key in result:
@@ -321,7 +321,7 @@ def _missing(result: dict[str, Tensor], source: str) -> list[str]:
     return missing + [f'{part}.weight' for part in parts if source == 'detectron' and f'{part}.weight' not in result]
 
 
-def _notes(result: dict[str, Tensor], modules: names.Modules, source: str) -> list[str]:
+def _write_notes(result: dict[str, Tensor], modules: names.Modules, source: str) -> list[str]:
     notes = []
     sizes = [value.numel() for key, value in result.items() if key.endswith('mean_weight')]
     if source != 'bn' and 2 in sizes:
@@ -340,7 +340,7 @@ def _notes(result: dict[str, Tensor], modules: names.Modules, source: str) -> li
     ]
     if affine:
         notes.append(
-            f'{_few(affine)}: BatchNorm folded into scale and shift; build these parts with '
+            f'{_list_first(affine)}: BatchNorm folded into scale and shift; build these parts with '
             "norm_cfg=dict(type='BN', requires_grad=False), whose statistics start at the 0 and 1 that they need"
         )
     for key, value in result.items():
@@ -349,10 +349,12 @@ def _notes(result: dict[str, Tensor], modules: names.Modules, source: str) -> li
             notes.append(f'{key} has values that are not finite')
     empty = [key for key, value in result.items() if key.endswith('bn.running_var') and not value.any()]
     if empty:
-        notes.append(f'{_few(empty)}: all 0, as before training; the statistics of the batch are yet to be estimated')
+        notes.append(
+            f'{_list_first(empty)}: all 0, as before training; the statistics of the batch are yet to be estimated'
+        )
     return notes
 
 
-def _few(keys: Iterable[str]) -> str:
+def _list_first(keys: Iterable[str]) -> str:
     keys = list(keys)
     return ', '.join(keys[:4]) + (f' and {len(keys) - 4} more' if len(keys) > 4 else '')

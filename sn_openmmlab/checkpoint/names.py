@@ -33,12 +33,12 @@ def has_decoder(modules: Modules) -> bool:
     return any(re.fullmatch(DECODER, module) for module in modules)
 
 
-def unwrapped(key: str) -> str:
+def strip_wrappers(key: str) -> str:
     """A key without what DistributedDataParallel and torch.compile put into it."""
     return re.sub(r'^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.', '', key)
 
 
-def foreign_prefix(module: str) -> str | None:
+def find_foreign_prefix(module: str) -> str | None:
     """What stands in front of the name that a norm of a backbone has, None where it is no such name."""
     match = re.match(r'((?:\w+\.)*?)(?:backbone\.|bn1(?:\.|$)|layer1\.|features\.|stem\.)', module)
     return match and match[1]
@@ -49,7 +49,7 @@ def batch_norm(modules: Modules, target: str) -> Rules:
     if any(module.startswith('backbone.') for module in modules):
         return [('.*', r'\g<0>')]
     prefix = 'backbone.' if target == 'mmpretrain' else ''
-    return [_classifier(target), ('.*', rf'{prefix}\g<0>')]
+    return [_classifier_rule(target), ('.*', rf'{prefix}\g<0>')]
 
 
 def switch_norm(modules: Modules, target: str) -> Rules:
@@ -70,16 +70,16 @@ def switch_norm(modules: Modules, target: str) -> Rules:
         *([('(conv|sn)([123])', deep_stem)] if 'conv2' in modules else stem),
         (r'(layer\d+\.\d+\.)sn(\d)', rf'{prefix}\1bn\2'),
         (r'layer\d+\.\d+\.(?:conv\d|downsample\.[01])', rf'{prefix}\g<0>'),
-        _classifier(target),
-        *_decoder(modules),
+        _classifier_rule(target),
+        *_decoder_rules(modules),
     ]
 
 
-def _classifier(target: str) -> tuple[str, str]:
+def _classifier_rule(target: str) -> tuple[str, str]:
     return 'fc', 'head.fc' if target == 'mmpretrain' else SKIP + f'the classifier, which no backbone of {target} has'
 
 
-def _decoder(modules: Modules) -> Rules:
+def _decoder_rules(modules: Modules) -> Rules:
     """MIT CSAIL's one convolution (C1) and pyramid pooling (PPM), with and without deep supervision."""
     last = 'bottleneck' if any(module.startswith('ppm.') for module in modules) else 'convs.0'
     return [
@@ -101,38 +101,38 @@ def detectron(modules: Modules, target: str) -> Rules:
     return [
         (body + r'res1\.conv1', 'backbone.conv1'),
         (body + r'res1\.[sb]n1', 'backbone.bn1'),
-        (body + block, _stage('backbone.')),
-        (rf'Conv_Body\.conv_top(){part}', _level(modules, 'lateral_convs', 0)),
-        (rf'Conv_Body\.topdown_lateral_modules\.(\d)\.conv_lateral{part}', _level(modules, 'lateral_convs', 1)),
-        (rf'Conv_Body\.posthoc_modules\.(\d){part}', _level(modules, 'fpn_convs', 0)),
+        (body + block, _rename_stage('backbone.')),
+        (rf'Conv_Body\.conv_top(){part}', _rename_level(modules, 'lateral_convs', 0)),
+        (rf'Conv_Body\.topdown_lateral_modules\.(\d)\.conv_lateral{part}', _rename_level(modules, 'lateral_convs', 1)),
+        (rf'Conv_Body\.posthoc_modules\.(\d){part}', _rename_level(modules, 'fpn_convs', 0)),
         (r'RPN\.(?:FPN_)?RPN_conv', 'rpn_head.rpn_conv'),
         (r'RPN\.(?:FPN_)?RPN_cls_score', 'rpn_head.rpn_cls'),
         (r'RPN\.(?:FPN_)?RPN_bbox_pred', 'rpn_head.rpn_reg'),
         (r'Box_Head\.fc1?', f'{box}shared_fcs.0'),
         (r'Box_Head\.fc2', f'{box}shared_fcs.1'),
-        (r'(Box_Head\.convs\.)(\d+)', _stacked(modules, f'{box}shared_convs')),
-        (r'Box_Head\.' + block, _stage('roi_head.shared_head.')),
+        (r'(Box_Head\.convs\.)(\d+)', _rename_sequence(modules, f'{box}shared_convs')),
+        (r'Box_Head\.' + block, _rename_stage('roi_head.shared_head.')),
         (r'Box_Outs\.cls_score', f'{box}fc_cls'),
         (r'Box_Outs\.bbox_pred', f'{box}fc_reg'),
-        (r'(Mask_Head\.conv_fcn\.)(\d+)', _stacked(modules, f'{mask}convs')),
+        (r'(Mask_Head\.conv_fcn\.)(\d+)', _rename_sequence(modules, f'{mask}convs')),
         (r'Mask_Head\.upconv5?', f'{mask}upsample'),
-        (r'Mask_Head\.res5\..*', _shared_stage(modules)),
+        (r'Mask_Head\.res5\..*', _check_shared_stage(modules)),
         (r'Mask_Outs\.classify', f'{mask}conv_logits'),
         (r'Keypoint_(?:Head|Outs)\..*', SKIP + 'a keypoint head, which mmdet has not'),
     ]
 
 
-def _stage(prefix: str) -> Callable[[re.Match], str]:
+def _rename_stage(prefix: str) -> Callable[[re.Match], str]:
     return lambda match: f'{prefix}layer{int(match[1]) - 1}.{match[2]}.{match[3].replace("sn", "bn")}'
 
 
-def _level(modules: Modules, new: str, first: int) -> Callable[[re.Match], str]:
+def _rename_level(modules: Modules, new: str, first: int) -> Callable[[re.Match], str]:
     """Of the pyramid: Detectron counts its levels from the coarsest, mmdet from the finest."""
     levels = len({module.split('.')[2] for module in modules if module.startswith('Conv_Body.posthoc_modules.')})
     return lambda match: f'neck.{new}.{levels - 1 - first - int(match[1] or 0)}.{_CONV_OR_NORM[match[2] or "0"]}'
 
 
-def _stacked(modules: Modules, new: str) -> Callable[[re.Match], str]:
+def _rename_sequence(modules: Modules, new: str) -> Callable[[re.Match], str]:
     """Of a sequence of convolutions, norms and ReLUs; mmcv has one ConvModule for each convolution."""
 
     def name(match: re.Match) -> str:
@@ -144,7 +144,7 @@ def _stacked(modules: Modules, new: str) -> Callable[[re.Match], str]:
     return name
 
 
-def _shared_stage(modules: Modules) -> Callable[[re.Match], str]:
+def _check_shared_stage(modules: Modules) -> Callable[[re.Match], str]:
     """Of the mask head's res5, which mmdet has only where it is the box head's."""
 
     def reason(match: re.Match) -> str:

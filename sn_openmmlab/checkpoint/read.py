@@ -56,13 +56,13 @@ def read_state_dict(path: str, map_location: MapLocation = None) -> dict[str, Te
         OSError: If there is no such file.
         ValueError: If it is no checkpoint, or holds code, or no state dict.
     """
-    return dict(state_dict_in(read_checkpoint(path, map_location)))
+    return dict(find_state_dict(read_checkpoint(path, map_location)))
 
 
 def read_checkpoint(path: str, map_location: MapLocation = None) -> object:
     """Read all that a checkpoint file holds; else as :func:`read_state_dict`."""
     try:
-        with _allowing():
+        with _allow_harmless():
             return load_local(path, map_location or 'cpu')
     except OSError:
         raise
@@ -78,7 +78,7 @@ def read_checkpoint(path: str, map_location: MapLocation = None) -> object:
         raise ValueError(f'it is no file that torch.save wrote, or not all of one ({reason})') from error
 
 
-def state_dict_in(content: object) -> MutableMapping[str, Tensor]:
+def find_state_dict(content: object) -> MutableMapping[str, Tensor]:
     """The state dict of what :func:`read_checkpoint` returned, itself and no copy."""
     for name in 'state_dict', 'model':
         if isinstance(content, MutableMapping) and isinstance(content.get(name), MutableMapping):
@@ -104,19 +104,19 @@ def read_checkpoints_as_data() -> None:
 
     Before torch 2.6, which cannot be told all that is harmless, this holds for files, not for addresses.
     """
-    if trusted():
+    if is_trusted():
         return
     if VERSION >= (2, 6):
         os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = '1'  # whatever a call to torch.load asks for
-        torch.serialization.add_safe_globals(_allowed())
+        torch.serialization.add_safe_globals(_list_harmless())
     CheckpointLoader.register_scheme('', load_local, force=True)  # '': paths without scheme
     if hasattr(mmengine_checkpoint, '_safe_torch_load'):  # onedl's, of the other schemes, would allow getattr
         mmengine_checkpoint._safe_torch_load = load_local
     if not hasattr(CheckpointLoader.load_checkpoint, '__wrapped__'):
-        CheckpointLoader.load_checkpoint = classmethod(_without_config(CheckpointLoader.load_checkpoint.__func__))
+        CheckpointLoader.load_checkpoint = classmethod(_drop_config(CheckpointLoader.load_checkpoint.__func__))
 
 
-def trusted() -> bool:
+def is_trusted() -> bool:
     """Whether the user has set ``TRUST``, as torch reads it."""
     return os.environ.get(TRUST, '0').lower() in ('1', 'y', 'yes', 'true')
 
@@ -125,7 +125,7 @@ def load_local(file: str | IO[bytes], map_location: MapLocation = None) -> Any:
     """Read a checkpoint file, given by name or opened."""
     file = os.path.expanduser(file) if isinstance(file, str) else file
     try:
-        with contextlib.nullcontext() if VERSION >= (2, 6) else _own_unpickler(file):
+        with contextlib.nullcontext() if VERSION >= (2, 6) else _use_own_unpickler(file):
             return torch.load(file, map_location=map_location, weights_only=True)
     except RuntimeError as error:
         if 'weights_only' not in str(error):
@@ -134,7 +134,7 @@ def load_local(file: str | IO[bytes], map_location: MapLocation = None) -> Any:
 
 
 @contextlib.contextmanager
-def _own_unpickler(file: str | IO[bytes]) -> Iterator[None]:
+def _use_own_unpickler(file: str | IO[bytes]) -> Iterator[None]:
     """Within it torch reads data by the unpickler below; not as ``pickle_module``, which torch 1.13 ignores."""
     with open(file, 'rb') if isinstance(file, str) else contextlib.nullcontext(file) as opened:
         if _is_archive(opened):  # which torch reads in other ways
@@ -160,7 +160,7 @@ def _is_archive(opened: IO[bytes]) -> bool:
         opened.seek(0)
 
 
-def _without_config(load: Callable[..., Any]) -> Callable[..., Any]:
+def _drop_config(load: Callable[..., Any]) -> Callable[..., Any]:
     """Let a loader leave out the text of a config in Python, which Runner.resume would run to compare GPU numbers."""
 
     @functools.wraps(load)
@@ -175,7 +175,7 @@ def _without_config(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # What torch knows by itself from 2.6 on
-_LATER = {'_codecs.encode': codecs.encode, 'builtins.set': set, 'collections.Counter': Counter}
+_KNOWN_LATER = {'_codecs.encode': codecs.encode, 'builtins.set': set, 'collections.Counter': Counter}
 
 
 class _Unpickler(pickle._Unpickler):
@@ -186,7 +186,7 @@ class _Unpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> object:
         full = f'{module}.{name}'.replace('__builtin__.', 'builtins.')  # as Python 2 named them
-        known = {**_get_allowed_globals(), **_LATER, **HARMLESS}
+        known = {**_get_allowed_globals(), **_KNOWN_LATER, **HARMLESS}
         if full not in known:
             raise pickle.UnpicklingError(f'GLOBAL {full} is no data')
         return known[full]
@@ -203,15 +203,15 @@ def _load(*args: Any, **kwargs: Any) -> object:
     return _Unpickler(*args, **kwargs).load()
 
 
-def _allowing() -> AbstractContextManager:
+def _allow_harmless() -> AbstractContextManager:
     """Within it torch reads what is harmless. What was allowed for good stays so, which torch itself would forget."""
     if VERSION < (2, 6):
         return contextlib.nullcontext()
     known = torch.serialization.get_safe_globals()
-    return torch.serialization.safe_globals([each for each in _allowed() if each not in known])
+    return torch.serialization.safe_globals([each for each in _list_harmless() if each not in known])
 
 
-def _allowed() -> list:
+def _list_harmless() -> list:
     return [(stand_in, name) for name, stand_in in HARMLESS.items()]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..layers import SwitchNorm
-from .layers import as_batch_norm, follow, is_one_hot, replace
+from .layers import is_one_hot, keep_activation, make_batch_norm, replace
 
 _Conv = Union[nn.Conv1d, nn.Conv2d, nn.Conv3d]
 
@@ -51,17 +51,17 @@ def fold_batch_norm(model: nn.Module, *args: Any, **kwargs: Any) -> int:
     if training:
         raise ValueError(f'folding is for evaluation; call model.eval() first ({training[0]} is in training mode)')
     layers = [m for m in model.modules() if isinstance(m, SwitchNorm) and is_one_hot(m)]
-    norms = {layer: as_batch_norm(layer) for layer in layers}
+    norms = {layer: make_batch_norm(layer) for layer in layers}
     new: dict[nn.Module, nn.Module] = dict(norms.items())
-    convs = _convs_before(model, layers, args, kwargs)
+    convs = _find_convs_before(model, layers, args, kwargs)
     for layer, conv in convs.items():
         new[conv] = fuse_conv_bn_eval(conv, norms[layer])
-        new[layer] = follow(layer, nn.Identity()).eval()
+        new[layer] = keep_activation(layer, nn.Identity()).eval()
     replace(model, new)
     return len(convs)
 
 
-def _convs_before(
+def _find_convs_before(
     model: nn.Module, layers: Sequence[SwitchNorm], args: tuple, kwargs: dict[str, Any]
 ) -> dict[SwitchNorm, _Conv]:
     """Layers, and the convolution whose every output goes, as it is, to this layer and is all that the layer gets."""

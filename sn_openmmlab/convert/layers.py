@@ -16,8 +16,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..layers import SparseSwitchNorm, SwitchNorm, SwitchNorm1d, SwitchNorm3d, SyncSN
 from ..layers.batch_statistics import is_synchronised
-from ..layers.state_dict import tell_starts
-from ..norms import is_mmcvs, is_switchable, own_modules
+from ..layers.state_dict import log_starts
+from ..norms import is_mmcv_sync_bn, is_switchable, own_modules
 
 _Layer = TypeVar('_Layer', bound=nn.Module)
 
@@ -82,24 +82,24 @@ def convert_switch_norm(
     if to == 'BN' and init_ratios is not None:
         raise ValueError(f"init_ratios={init_ratios!r} is for SN layers, and to='BN' makes none; leave it out")
     if to == 'BN':
-        _check_one_hot(_switch_norms(model))
+        _check_one_hot(_find_switch_norms(model))
     else:
-        _check_convertible(_other_norms(model))
+        _check_convertible(_find_other_norms(model))
     if not inplace:
         model = copy.deepcopy(model)
     new: Mapping[Any, nn.Module]
     if to == 'BN':
-        new = {layer: as_batch_norm(layer) for layer in _switch_norms(model).values()}
+        new = {layer: make_batch_norm(layer) for layer in _find_switch_norms(model).values()}
     else:
         like = next(model.parameters(), torch.empty(0))  # for layers that hold nothing
         args = dict(init_ratios=init_ratios, correction=correction)
-        new = layers = {layer: _as_switch_norm(layer, to, args, like) for layer in _other_norms(model).values()}
+        new = layers = {layer: _make_switch_norm(layer, to, args, like) for layer in _find_other_norms(model).values()}
         for old, layer in layers.items():  # now that none was refused: this changes weights of the model
             if _is_batch_norm(old):
                 start = layer.start_from(layer.weight, layer.bias, layer.bn.running_mean, layer.bn.running_var, new)
                 for name, value in start.items():
                     getattr(layer, name).data.copy_(value)
-        tell_starts()
+        log_starts()
     replace(model, new)
     return new.get(model, model)
 
@@ -112,18 +112,20 @@ def replace(model: nn.Module, new: Mapping[Any, nn.Module]) -> None:
                 setattr(module, name, new[child])
 
 
-def _switch_norms(model: nn.Module) -> dict[str, SwitchNorm]:
+def _find_switch_norms(model: nn.Module) -> dict[str, SwitchNorm]:
     """The SN layers by name, each once."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, SwitchNorm)}
 
 
-def _other_norms(model: nn.Module) -> dict[str, nn.Module]:
+def _find_other_norms(model: nn.Module) -> dict[str, nn.Module]:
     """The layers by name, each once, that SN can stand in place of; not the statistics inside SN layers."""
     return {name: layer for name, layer in own_modules(model) if is_switchable(type(layer))}
 
 
 def _check_one_hot(found: dict[str, SwitchNorm]) -> None:
-    other = [f'{name or "the model"} ({_ratios(layer)})' for name, layer in found.items() if not is_one_hot(layer)]
+    other = [
+        f'{name or "the model"} ({_format_ratios(layer)})' for name, layer in found.items() if not is_one_hot(layer)
+    ]
     if other:
         raise ValueError(
             f'{len(other)} of {len(found)} SN layers are no BatchNorm: their importance ratios (of the means; of '
@@ -162,33 +164,33 @@ def _check_convertible(found: dict[str, nn.Module]) -> None:
 
 def _only_normalizes(layer: nn.Module) -> bool:
     """Whether all that a layer does is its base's, as far as a class can tell."""
-    if _is_timms(layer, 'GroupNorm', 'GroupNorm1'):  # with a kernel of its own
+    if _is_of_timm(layer, 'GroupNorm', 'GroupNorm1'):  # with a kernel of its own
         return True
     bases: list[Any] = [_BatchNorm, nn.SyncBatchNorm, _InstanceNorm, nn.GroupNorm]
-    bases += filter(is_mmcvs, type(layer).__mro__)
+    bases += filter(is_mmcv_sync_bn, type(layer).__mro__)
     return type(layer).forward in [base.forward for base in bases] and not [*layer.children()]
 
 
 def _has_activation(layer: nn.Module) -> bool:
     """Whether a layer is a norm of timm's that drops and activates afterwards, or was converted from one."""
-    return _then_act in layer._forward_hooks.values() or _is_timms(
+    return _activate in layer._forward_hooks.values() or _is_of_timm(
         layer, 'BatchNormAct2d', 'SyncBatchNormAct', 'GroupNormAct', 'GroupNorm1Act'
     )
 
 
-def _is_timms(layer: nn.Module, *names: str) -> bool:
+def _is_of_timm(layer: nn.Module, *names: str) -> bool:
     return type(layer).__module__.startswith('timm.') and type(layer).__name__ in names
 
 
-def follow(old: nn.Module, new: _Layer) -> _Layer:
+def keep_activation(old: nn.Module, new: _Layer) -> _Layer:
     """``new``, after which comes what comes after ``old``."""
     if _has_activation(old):
         new.drop, new.act = old.drop, old.act
-        new.register_forward_hook(_then_act)
+        new.register_forward_hook(_activate)
     return new
 
 
-def _then_act(layer: Any, _: object, output: torch.Tensor) -> torch.Tensor:
+def _activate(layer: Any, _: object, output: torch.Tensor) -> torch.Tensor:
     return layer.act(layer.drop(output))
 
 
@@ -204,12 +206,12 @@ def is_one_hot(layer: SwitchNorm) -> bool:
     return layer.bn is not None and bool((layer.importance_ratios[:, -1] >= ONE_HOT).all())
 
 
-def _ratios(layer: SwitchNorm) -> str:
+def _format_ratios(layer: SwitchNorm) -> str:
     names = '/'.join(layer.normalizers)
     return f'{names} ' + '; '.join(' '.join(f'{r:.3g}' for r in row) for row in layer.importance_ratios.tolist())
 
 
-def _as_switch_norm(old: Any, to: str, args: dict[str, Any], like: torch.Tensor) -> SwitchNorm:
+def _make_switch_norm(old: Any, to: str, args: dict[str, Any], like: torch.Tensor) -> SwitchNorm:
     """An SN layer with the weight, shift, statistics and mode of ``old``."""
     cls: type[SwitchNorm] = SwitchNorm
     if to != 'SN':
@@ -221,19 +223,19 @@ def _as_switch_norm(old: Any, to: str, args: dict[str, Any], like: torch.Tensor)
     like = next((t for t in (*old.parameters(), *old.buffers()) if t.is_floating_point()), like)
     new = cls(channels, old.eps, affine=old.affine, device=like.device, dtype=like.dtype, **momentum, **args)
     if old.affine:
-        new.weight, new.bias = old.weight, _bias(old)
+        new.weight, new.bias = old.weight, _get_bias(old)
         for logits in new.mean_weight, new.var_weight:  # frozen with the rest of the layer
             logits.requires_grad = old.weight.requires_grad
     if _is_batch_norm(old):
         _move_statistics(old, new.bn)
     if isinstance(new, SyncSN) and getattr(old, 'process_group', None) is not None:
         new.bn.process_group = old.process_group
-    return follow(old, new).train(old.training)
+    return keep_activation(old, new).train(old.training)
 
 
-def as_batch_norm(old: SwitchNorm) -> _BatchNorm:
+def make_batch_norm(old: SwitchNorm) -> _BatchNorm:
     """The BatchNorm that an SN layer with all importance on BN is."""
-    bn = old._statistics()
+    bn = old._find_statistics()
     synced = old.group_size != 1 if isinstance(old, SyncSN) else is_synchronised(bn)
     cls: type[nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm] = nn.BatchNorm2d
     if synced:
@@ -246,11 +248,11 @@ def as_batch_norm(old: SwitchNorm) -> _BatchNorm:
         new.weight, new.bias = old.weight, old.bias
     _move_statistics(bn, new)
     if isinstance(new, nn.SyncBatchNorm):
-        new.process_group = old._group(bn)
-    return follow(old, new.train(bn.training))
+        new.process_group = old._find_group(bn)
+    return keep_activation(old, new.train(bn.training))
 
 
-def _bias(old: Any) -> nn.Parameter:
+def _get_bias(old: Any) -> nn.Parameter:
     """The bias of a layer, or one that does nothing for one with bias=False."""
     return nn.Parameter(torch.zeros_like(old.weight), requires_grad=False) if old.bias is None else old.bias
 

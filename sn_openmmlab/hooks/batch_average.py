@@ -11,7 +11,7 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 from mmengine.runner.base_loop import BaseLoop
 from torch import Tensor
 
-from ..running_statistics import average_runner_statistics, check_number, statistics_layers
+from ..running_statistics import average_runner_statistics, check_num_batches, statistics_layers
 
 
 @HOOKS.register_module()
@@ -66,7 +66,7 @@ class SNBatchAverageHook(Hook):
                 "SNBatchAverageHook(when='epoch') needs epochs, and this training counts iterations; take when='val', "
                 'or tools/average_stats.py on its checkpoints'
             )
-        check_number(self.num_batches, len(runner.train_dataloader))
+        check_num_batches(self.num_batches, len(runner.train_dataloader))
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Replace the moving averages."""
@@ -76,12 +76,12 @@ class SNBatchAverageHook(Hook):
     def before_val_iter(self, runner: Runner, batch_idx: int, data_batch: object = None) -> None:
         """Average before the first batch."""
         if self.when == 'val' and batch_idx == 0:
-            self._take(runner)
+            self._average(runner)
 
     def before_test_iter(self, runner: Runner, batch_idx: int, data_batch: object = None) -> None:
         """Average before the first batch."""
         if self.when == 'test' and batch_idx == 0:
-            self._take(runner)
+            self._average(runner)
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         """Bring the moving averages back."""
@@ -91,7 +91,7 @@ class SNBatchAverageHook(Hook):
         """Bring the moving averages back."""
         self._put_back()
 
-    def _take(self, runner: Runner) -> None:
+    def _average(self, runner: Runner) -> None:
         self._put_back()
         layers = statistics_layers(runner.model).values()
         moving = [(b, b.clone()) for layer in layers for b in (layer.running_mean, layer.running_var)]

@@ -11,7 +11,7 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
 
 from ..layers import SwitchNorm
-from ..norms import part_name, unwrapped
+from ..norms import part_name, unwrap
 
 FILE = 'importance_ratios.json'  # LocalVisBackend writes it into WORK_DIR/TIMESTAMP/vis_data
 KINDS = ('mean', 'var')
@@ -52,9 +52,9 @@ class SNRatioHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Refuse what could not be logged, and log the ratios that training starts from."""
-        if not _layers(runner.model):
+        if not _find_layers(runner.model):
             raise ValueError(
-                f'SNRatioHook: {type(unwrapped(runner.model)).__name__} has no SN layer, and so no importance ratios. '
+                f'SNRatioHook: {type(unwrap(runner.model)).__name__} has no SN layer, and so no importance ratios. '
                 "Set norm_cfg=dict(type='SN') in the parts of the model (tools/swap_norm.py CONFIG writes such a "
                 'config), or remove the hook from custom_hooks'
             )
@@ -90,7 +90,7 @@ class SNRatioHook(Hook):
 
 def named_ratios(model: nn.Module) -> dict[str, float]:
     """Importance ratios of a model by the names that :class:`SNRatioHook` logs: means of parts, then layers."""
-    layers = _layers(model)
+    layers = _find_layers(model)
     ratios: dict[str, float] = {}
     sums: dict[tuple[str, str], float] = defaultdict(float)
     sizes: dict[str, int] = defaultdict(int)
@@ -105,6 +105,6 @@ def named_ratios(model: nn.Module) -> dict[str, float]:
     return {**means, **ratios}
 
 
-def _layers(model: nn.Module) -> dict[str, SwitchNorm]:
-    named = unwrapped(model).named_modules()
+def _find_layers(model: nn.Module) -> dict[str, SwitchNorm]:
+    named = unwrap(model).named_modules()
     return {name: module for name, module in named if isinstance(module, SwitchNorm)}

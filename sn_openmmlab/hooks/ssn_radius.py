@@ -9,7 +9,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from ..layers import SparseSwitchNorm
-from ..norms import unwrapped
+from ..norms import unwrap
 
 
 @HOOKS.register_module()
@@ -52,7 +52,7 @@ class SSNRadiusHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Find the layers."""
-        found = [m for m in unwrapped(runner.model).modules() if isinstance(m, SparseSwitchNorm)]
+        found = [m for m in unwrap(runner.model).modules() if isinstance(m, SparseSwitchNorm)]
         self._layers = [m for m in found if m.mean_weight.requires_grad or m.var_weight.requires_grad]
         if not self._layers:
             raise ValueError(
@@ -63,15 +63,15 @@ class SSNRadiusHook(Hook):
             runner.logger.info(
                 f'{len(found) - len(self._layers)} of {len(found)} SSN layers are frozen and do not choose'
             )
-        self._set(runner.iter / runner.max_iters)
+        self._set_radius(runner.iter / runner.max_iters)
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: dict | None = None
     ) -> None:
         """Set the radius of the next iteration, and of a checkpoint or validation between."""
-        self._set((runner.iter + 1) / runner.max_iters)
+        self._set_radius((runner.iter + 1) / runner.max_iters)
 
-    def _set(self, progress: float) -> None:
+    def _set_radius(self, progress: float) -> None:
         radius = min(1.0, max(0.0, (progress - self.begin) / (self.end - self.begin)))
         for layer in self._layers:
             layer.radius.fill_(radius)

@@ -92,7 +92,7 @@ def _share(parameter: nn.Parameter | None, *others: nn.Parameter) -> Tensor | No
     return shared
 
 
-def holder(bn: nn.Module) -> Any:
+def find_holder(bn: nn.Module) -> Any:
     """The module that has the running statistics: ``bn`` itself, or what wrappers such as FSDP's have inside."""
     if 'running_mean' in bn._buffers:
         return bn
@@ -105,7 +105,7 @@ def holder(bn: nn.Module) -> Any:
     )
 
 
-def statistics(bn: Any) -> dict[str, Any]:
+def read_statistics(bn: Any) -> dict[str, Any]:
     """Arguments of :func:`.switch_norm`; ``group`` remains to be found where ``training``."""
     # FrozenBatchNorm2d of torchvision, detectron2 and timm are in training mode with the model, but have no momentum
     training = bn.training and hasattr(bn, 'momentum')
@@ -120,7 +120,7 @@ def statistics(bn: Any) -> dict[str, Any]:
     )
 
 
-def group_of(bn: nn.Module) -> torch.distributed.ProcessGroup | None:
+def get_group(bn: nn.Module) -> torch.distributed.ProcessGroup | None:
     """The process group that a synchronised BatchNorm was made for; None where it is all processes, or none was."""
     return getattr(bn, 'process_group', None)
 
@@ -136,7 +136,7 @@ def has_hooks(bn: nn.Module) -> bool:
     return bool(bn._forward_pre_hooks or bn._forward_hooks or bn._backward_hooks or backward_pre_hooks)
 
 
-def call(bn: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
+def call_with_hooks(bn: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
     """Call ``bn``, with its hooks, and ``forward`` in place of its own."""
     before = bn.__dict__.get('forward')
     bn.__dict__['forward'] = forward

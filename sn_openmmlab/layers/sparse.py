@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..ops.sparsestmax import softmax_of_sparsestmax, sparsestmax
 from . import batch_statistics
-from .state_dict import computable
+from .state_dict import is_computable
 from .switch_norm import SwitchNorm
 
 
@@ -56,7 +56,7 @@ class SparseSwitchNorm(SwitchNorm):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.register_buffer('radius', torch.zeros_like(self.mean_weight[0].detach()))
-        self._taken = self.normalizers
+        self._used = self.normalizers
         self.reset_parameters()
 
     @property
@@ -74,17 +74,17 @@ class SparseSwitchNorm(SwitchNorm):
     def train(self, mode: bool = True) -> SparseSwitchNorm:
         """Set the mode, and look up which normalizers evaluation takes."""
         super().train(mode)
-        self._look_up()
+        self._find_used()
         return self
 
     def _normalize(self, x: Tensor, bn: Any) -> Tensor:
         learns = torch.is_grad_enabled() and (self.mean_weight.requires_grad or self.var_weight.requires_grad)
-        alone = self._taken[0] if len(self._taken) == 1 and (self.affine or not learns) else None
+        alone = self._used[0] if len(self._used) == 1 and (self.affine or not learns) else None
         weight: Tensor | None = self.weight
         if alone and learns and weight is not None:
             # the logits' gradient is 0, but DistributedDataParallel waits for it
             weight = weight + 0 * (self.mean_weight + self.var_weight).sum()
-        own = batch_statistics.statistics(bn) if alone == 'bn' else {}
+        own = batch_statistics.read_statistics(bn) if alone == 'bn' else {}
         if own and not own['training'] and own['running_mean'] is not None:
             self._check_input_dim(x)
             return F.batch_norm(x, own['running_mean'], own['running_var'], weight, self.bias, eps=bn.eps)
@@ -95,30 +95,30 @@ class SparseSwitchNorm(SwitchNorm):
             return torch.group_norm(x, groups, weight, self.bias, self.eps)
         return super()._normalize(x, bn)
 
-    def _logits(self, ratios: tuple[float, ...]) -> Tensor:
+    def _make_logits(self, ratios: tuple[float, ...]) -> Tensor:
         """The ratios themselves, which radius 0 leaves as they are."""
         return torch.tensor(ratios, dtype=self.mean_weight.dtype)
 
-    def _look_up(self) -> None:
-        self._taken = self.normalizers
+    def _find_used(self) -> None:
+        self._used = self.normalizers
         if not self.training and not self.radius.is_meta:
             taken = (self.importance_ratios != 0).any(0).tolist()  # NaN takes part
-            self._taken = tuple(itertools.compress(self.normalizers, taken))
+            self._used = tuple(itertools.compress(self.normalizers, taken))
 
-    def _choice(self) -> tuple[tuple[str, ...], Tensor, Tensor]:
-        if len(self._taken) == 1:
-            return self._taken, *(torch.stack([self.mean_weight, self.var_weight])[:, :1] * 0)
+    def _choose_normalizers(self) -> tuple[tuple[str, ...], Tensor, Tensor]:
+        if len(self._used) == 1:
+            return self._used, *(torch.stack([self.mean_weight, self.var_weight])[:, :1] * 0)
         logits = softmax_of_sparsestmax(torch.stack([self.mean_weight, self.var_weight]), self.radius)
-        if self._taken != self.normalizers:
-            logits = logits[:, [self.normalizers.index(name) for name in self._taken]]
-        return self._taken, *logits
+        if self._used != self.normalizers:
+            logits = logits[:, [self.normalizers.index(name) for name in self._used]]
+        return self._used, *logits
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load as SN does; SN's own logits become its ratios, and ``radius``, which neither it nor BN has, 0."""
         if prefix + 'radius' not in state_dict and any(key.startswith(prefix) for key in state_dict):
             state_dict[prefix + 'radius'] = torch.zeros_like(self.radius)
             for name in prefix + 'mean_weight', prefix + 'var_weight':
-                if computable(state_dict.get(name)):
+                if is_computable(state_dict.get(name)):
                     state_dict[name] = state_dict[name].softmax(0)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._look_up()
+        self._find_used()

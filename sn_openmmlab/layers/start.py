@@ -73,13 +73,13 @@ def correct_for_blend(
     mean_ln = mean.mean()
     var_ln = var.mean() + (mean - mean_ln).square().mean()
     blend = (1 - ln) * var + ln * var_ln
-    scale = like(((blend + eps) / (var + eps)).sqrt(), weight)
-    shift = like(ln * (mean - mean_ln) / (var + eps).sqrt(), weight)
+    scale = distribute_like(((blend + eps) / (var + eps)).sqrt(), weight)
+    shift = distribute_like(ln * (mean - mean_ln) / (var + eps).sqrt(), weight)
     wide = weight.double()
     return (wide * scale).to(weight.dtype), (bias.double() - wide * shift).to(bias.dtype)
 
 
-def like(value: Tensor, other: Any) -> Tensor:
+def distribute_like(value: Tensor, other: Any) -> Tensor:
     """``value``, split over processes as ``other`` is where that is a DTensor."""
     if hasattr(other, 'placements'):  # FSDP2's; running statistics are whole in every process
         from torch.distributed.tensor import distribute_tensor

@@ -14,13 +14,13 @@ from torch import Tensor
 AUTHORS_NAMES = re.compile(
     r'(?:(?:^|\.)sn\d+|^(?:module\.)?(?:Conv_Body|Box_Head|Mask_Head|cbr|cbr_deepsup|conv_last|ppm)\..+)\.mean_weight$'
 )
-_BUILT = {2: "normalizers=('in', 'ln')", 3: "normalizers=('in', 'ln', 'bn'), the default"}
+_NORMALIZERS_BY_SIZE = {2: "normalizers=('in', 'ln')", 3: "normalizers=('in', 'ln', 'bn'), the default"}
 _starts: Counter = Counter()  # layers by what is to be said of their start, of one load
 _load: object = None
 _warned: object = None
 
 
-def computable(*values: object) -> bool:
+def is_computable(*values: object) -> bool:
     """Whether values of a checkpoint are tensors to compute with, on one device. Of others torch says what is wrong."""
     dense = [v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.layout == torch.strided]
     return len(dense) == len(values) and not any(v.is_nested for v in dense) and len({v.device for v in dense}) < 2
@@ -37,14 +37,14 @@ def note_start(
     """
     global _load
     if load is not _load:
-        tell_starts()
+        log_starts()
         _load = load
     text = ', '.join(f'{name.upper()} {ratio:.3g}' for name, ratio in zip(normalizers, ratios))
     text = f'at the importance ratios that init_ratios names ({text})' if named else f'near it ({text})'
     _starts[text + (', weight and bias corrected' if corrected else '')] += 1
 
 
-def tell_starts() -> None:
+def log_starts() -> None:
     """Say what :func:`note_start` remembered, if anything."""
     global _load
     _load = None
@@ -98,7 +98,7 @@ def explain_sizes(logits: list[Tensor], normalizers: tuple[str, ...], error_msgs
     sizes = {value.numel() for value in logits} - {len(normalizers)}
     start = 'SwitchNorm layers of other normalizers: '
     if sizes and not any(message.startswith(start) for message in error_msgs):
-        wanted = ' or '.join(_BUILT.get(size, f'{size} normalizers') for size in sizes)
+        wanted = ' or '.join(_NORMALIZERS_BY_SIZE.get(size, f'{size} normalizers') for size in sizes)
         error_msgs.append(
             f"{start}this checkpoint's were trained with {wanted}, and the model is built with {normalizers}; logits "
             "that do not fit are not loaded. Build it with norm_cfg=dict(type='SN', normalizers=...) to match."

@@ -17,13 +17,13 @@ from ..ops import NORMALIZERS, switch_norm
 from ..ops.sparsestmax import softmax_of_sparsestmax
 from ..ops.switch_norm import quiet_in_traces
 from . import batch_statistics
-from .start import correct_for_blend, equal_ratios, like, start_ratios
+from .start import correct_for_blend, distribute_like, equal_ratios, start_ratios
 from .state_dict import (
-    computable,
     explain_sizes,
+    is_computable,
+    log_starts,
     note_start,
     refuse_authors_names,
-    tell_starts,
     warn_of_no_statistics,
 )
 
@@ -90,7 +90,7 @@ class SwitchNorm(nn.InstanceNorm2d):
 
     # An InstanceNorm2d, whatever the rank, since the lists of norms that optimizers spare decay name final classes.
     _abbr_ = 'bn'  # attributes are named bn1, bn2, ... so that BatchNorm checkpoints find them
-    _ranks: tuple[int, ...] = (2, 3, 4, 5)
+    _num_dims: tuple[int, ...] = (2, 3, 4, 5)
 
     normalizers: tuple[str, ...]
     init_ratios: tuple[float, ...] | None
@@ -112,7 +112,7 @@ class SwitchNorm(nn.InstanceNorm2d):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        normalizers = _checked_normalizers(normalizers)
+        normalizers = _check_normalizers(normalizers)
         _check_ratios(normalizers, init_ratios)
         if not (
             isinstance(num_features, Integral) and num_features >= 1 and isinstance(eps, Real) and 0 <= eps < math.inf
@@ -144,24 +144,24 @@ class SwitchNorm(nn.InstanceNorm2d):
     @property
     def momentum(self) -> float | None:
         """Weight of the new value in the running statistics. It is the child's, and setting it sets the child's."""
-        bn = self._statistics()
+        bn = self._find_statistics()
         return getattr(bn, 'momentum', None)
 
     @momentum.setter
     def momentum(self, value: float | None) -> None:
-        bn = self._statistics()
+        bn = self._find_statistics()
         if bn is not None:
             bn.momentum = value
 
     @property
     def eps(self) -> float:
         """What is added to the variance. It is the child's, if there is one, and setting it sets the child's."""
-        bn = self._statistics()
+        bn = self._find_statistics()
         return self._eps if bn is None else bn.eps
 
     @eps.setter
     def eps(self, value: float) -> None:
-        bn = self._statistics()
+        bn = self._find_statistics()
         self._eps = value
         if bn is not None:
             bn.eps = value
@@ -178,7 +178,7 @@ class SwitchNorm(nn.InstanceNorm2d):
             ratios = self.init_ratios or equal_ratios(self.normalizers)
             for logits in self.mean_weight, self.var_weight:
                 with torch.no_grad():
-                    logits.copy_(self._logits(ratios))
+                    logits.copy_(self._make_logits(ratios))
             if self.bn is not None:
                 self.bn.reset_running_stats()
 
@@ -206,16 +206,16 @@ class SwitchNorm(nn.InstanceNorm2d):
             weight, bias = correct_for_blend(weight, bias, mean, var, dict(zip(self.normalizers, ratios)), self.eps)
         if load is not None:
             note_start(load, self.normalizers, ratios, self.init_ratios is not None, self.correction)
-        logits = self._logits(ratios).to(mean.device)
+        logits = self._make_logits(ratios).to(mean.device)
         start = dict(
             weight=weight,
             bias=bias,
-            mean_weight=like(logits, self.mean_weight),
-            var_weight=like(logits.clone(), self.var_weight),
+            mean_weight=distribute_like(logits, self.mean_weight),
+            var_weight=distribute_like(logits.clone(), self.var_weight),
         )
         return {name: value for name, value in start.items() if value is not None}
 
-    def _logits(self, ratios: tuple[float, ...]) -> Tensor:
+    def _make_logits(self, ratios: tuple[float, ...]) -> Tensor:
         """Logits whose softmax is ``ratios``, 1 for equal ones as the authors start."""
         tiny = torch.finfo(torch.float32).tiny  # in place of 0: a finite logit, yet 1 + tiny == 1
         logits = [1 + math.log(len(ratios)) + math.log(max(ratio, tiny)) for ratio in ratios]
@@ -223,67 +223,67 @@ class SwitchNorm(nn.InstanceNorm2d):
 
     def train(self, mode: bool = True) -> SwitchNorm:
         """Set the mode; and say how layers that took BatchNorm weights since the last call start."""
-        tell_starts()
+        log_starts()
         return super().train(mode)
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input`` of shape (N, C, \\*)."""
         if isinstance(input, torch.fx.Proxy):
-            return self._leaf(input)
-        bn = self._statistics()
+            return self._record_call(input)
+        bn = self._find_statistics()
         if bn is not None and batch_statistics.has_hooks(bn):
-            return batch_statistics.call(bn, input, lambda x: self._normalize(x, bn))
+            return batch_statistics.call_with_hooks(bn, input, lambda x: self._normalize(x, bn))
         return self._normalize(input, bn)
 
     def _normalize(self, x: Tensor, bn: Any) -> Tensor:
         """Normalize by the statistics that ``bn`` has."""
         self._check_input_dim(x)
-        normalizers, mean_weight, var_weight = self._choice()
+        normalizers, mean_weight, var_weight = self._choose_normalizers()
         parameters = mean_weight, var_weight, self.weight, self.bias
         if bn is None:
             return switch_norm(x, *parameters, eps=self._eps, normalizers=normalizers)
-        own = batch_statistics.statistics(bn)
-        group = self._group(bn) if own['training'] else None
+        own = batch_statistics.read_statistics(bn)
+        group = self._find_group(bn) if own['training'] else None
         # torch.compile up to 2.4 sees through no dict that is added to
         return switch_norm(x, *parameters, eps=bn.eps, normalizers=normalizers, group=group, **own)
 
-    def _leaf(self, x: torch.fx.Proxy) -> torch.fx.Proxy:
+    def _record_call(self, x: torch.fx.Proxy) -> torch.fx.Proxy:
         """One call of this module in a symbolic trace, which must not keep the mode that it was taken in."""
         tracer: Any = x.tracer
         return tracer.create_proxy('call_module', tracer.path_of_module(self), (x,), {})
 
-    def _choice(self) -> tuple[tuple[str, ...], Tensor, Tensor]:
+    def _choose_normalizers(self) -> tuple[tuple[str, ...], Tensor, Tensor]:
         """The normalizers to compute, and the logits of their importance ratios."""
         return self.normalizers, self.mean_weight, self.var_weight
 
-    def _statistics(self) -> Any:
+    def _find_statistics(self) -> Any:
         """The module that holds the batch statistics; None without BN."""
         bn = getattr(self, 'bn', None)
-        return None if bn is None else batch_statistics.holder(bn)
+        return None if bn is None else batch_statistics.find_holder(bn)
 
-    def _group(self, bn: nn.Module) -> dist.ProcessGroup | None:
+    def _find_group(self, bn: nn.Module) -> dist.ProcessGroup | None:
         """The process group that the batch moments are taken over, None where this process is alone."""
         several = dist.is_available() and dist.is_initialized()  # asked first: a module takes long to say no
-        return self._own_group(bn) if several and batch_statistics.is_synchronised(bn) else None
+        return self._find_own_group(bn) if several and batch_statistics.is_synchronised(bn) else None
 
-    def _own_group(self, bn: nn.Module) -> dist.ProcessGroup | None:
+    def _find_own_group(self, bn: nn.Module) -> dist.ProcessGroup | None:
         """The group that ``bn`` was converted for, or all processes; None where there is one process only."""
         if not (dist.is_available() and dist.is_initialized()):
             return None
-        group = batch_statistics.group_of(bn) or dist.group.WORLD
+        group = batch_statistics.get_group(bn) or dist.group.WORLD
         return group if dist.get_world_size(group) > 1 else None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy or a pickle, whose child has forgotten whose it is."""
         super().__setstate__(state)
-        bn = self._statistics()
+        bn = self._find_statistics()
         if isinstance(bn, batch_statistics.BatchNorm2d):
             bn.belong_to(self)
 
     @quiet_in_traces
     def _check_input_dim(self, x: Tensor) -> None:
-        if not self._ranks[0] <= x.dim() <= self._ranks[-1]:  # torch.compile of torch 2.4 misreads `not in`
-            expected = ' or '.join(f'{rank}-D' for rank in self._ranks)
+        if not self._num_dims[0] <= x.dim() <= self._num_dims[-1]:  # torch.compile of torch 2.4 misreads `not in`
+            expected = ' or '.join(f'{rank}-D' for rank in self._num_dims)
             raise ValueError(f'{type(self).__name__} expects {expected} input, got shape {tuple(x.shape)}')
         if x.shape[1] != self.num_features:
             raise ValueError(
@@ -319,17 +319,17 @@ class SwitchNorm(nn.InstanceNorm2d):
                 state_dict[prefix + name] = state_dict.pop(flat)
         for name in names[:4]:
             value: Any = state_dict.get(prefix + name)
-            if computable(value) and value.shape[1:2] == (self.num_features,) and value.numel() == self.num_features:
+            if is_computable(value) and value.shape[1:2] == (self.num_features,) and value.numel() == self.num_features:
                 state_dict[prefix + name] = value.reshape(-1)
         if prefix + 'radius' in state_dict and 'radius' not in self._buffers:
             radius: Any = state_dict.get(prefix + 'radius')
             of_ssn: list[Any] = [state_dict.get(name) for name in logits]
-            if computable(radius, *of_ssn) and radius.numel() == 1 and all(v.dim() == 1 and len(v) for v in of_ssn):
+            if is_computable(radius, *of_ssn) and radius.numel() == 1 and all(v.dim() == 1 and len(v) for v in of_ssn):
                 del state_dict[prefix + 'radius']
                 state_dict.update({k: softmax_of_sparsestmax(v, radius) for k, v in zip(logits, of_ssn)})
         weight, bias, mean, var = (state_dict.get(prefix + name) for name in names[:4])
         given = [value for value in (weight, bias, mean, var) if value is not None]
-        fitting = computable(*given) and all(value.shape == (self.num_features,) for value in given)
+        fitting = is_computable(*given) and all(value.shape == (self.num_features,) for value in given)
         if anew and fitting and mean is not None and var is not None:
             start = self.start_from(weight, bias, mean, var, load=missing_keys)
             state_dict.update({prefix + name: value for name, value in start.items()})
@@ -337,7 +337,7 @@ class SwitchNorm(nn.InstanceNorm2d):
                 state_dict.pop(prefix + name, None)
         elif anew and weight is not None and mean is None and self.bn is not None:
             warn_of_no_statistics(missing_keys, prefix.rstrip('.'))
-        found = [state_dict[name] for name in logits if computable(state_dict.get(name))]
+        found = [state_dict[name] for name in logits if is_computable(state_dict.get(name))]
         explain_sizes(found, self.normalizers, error_msgs)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
@@ -353,24 +353,24 @@ class SwitchNorm(nn.InstanceNorm2d):
 class SwitchNorm1d(SwitchNorm):
     """:class:`SwitchNorm` for (N, C) or (N, C, L) input only."""
 
-    _ranks = (2, 3)
+    _num_dims = (2, 3)
 
 
 @MODELS.register_module('SN2d')
 class SwitchNorm2d(SwitchNorm):
     """:class:`SwitchNorm` for (N, C, H, W) input only."""
 
-    _ranks = (4,)
+    _num_dims = (4,)
 
 
 @MODELS.register_module('SN3d')
 class SwitchNorm3d(SwitchNorm):
     """:class:`SwitchNorm` for (N, C, D, H, W) input only."""
 
-    _ranks = (5,)
+    _num_dims = (5,)
 
 
-def _checked_normalizers(normalizers: object) -> tuple[str, ...]:
+def _check_normalizers(normalizers: object) -> tuple[str, ...]:
     names = (normalizers,) if isinstance(normalizers, str) else normalizers
     names = tuple(names) if isinstance(names, (tuple, list)) else ()  # a set has no order
     if not names or names != tuple(name for name in NORMALIZERS if name in names):

@@ -40,13 +40,13 @@ class SyncSN(SwitchNorm):
         super().__init__(num_features, *args, **kwargs)
         if self.bn is None:
             raise ValueError(f"SyncSN synchronises batch statistics, but normalizers={self.normalizers}; use type='SN'")
-        self._group(self.bn)  # groups are made by all processes together, and surely all of them are here
+        self._find_group(self.bn)  # groups are made by all processes together, and surely all of them are here
 
-    def _group(self, bn: nn.Module) -> dist.ProcessGroup | None:
-        group = self._own_group(bn)
-        if group is None or self.group_size is None or batch_statistics.group_of(bn) is not None:
+    def _find_group(self, bn: nn.Module) -> dist.ProcessGroup | None:
+        group = self._find_own_group(bn)
+        if group is None or self.group_size is None or batch_statistics.get_group(bn) is not None:
             return group
-        return _subgroup(self.group_size, group) if self.group_size > 1 else None
+        return _make_subgroup(self.group_size, group) if self.group_size > 1 else None
 
     def extra_repr(self) -> str:
         """The arguments."""
@@ -54,7 +54,7 @@ class SyncSN(SwitchNorm):
 
 
 @functools.lru_cache
-def _subgroup(group_size: int, world: dist.ProcessGroup) -> dist.ProcessGroup:
+def _make_subgroup(group_size: int, world: dist.ProcessGroup) -> dist.ProcessGroup:
     """The group of this rank and its neighbours; made once for all layers, since each group holds a communicator."""
     size = dist.get_world_size(world)
     if size % group_size:

@@ -21,7 +21,7 @@ from torch import nn
 
 from sn_openmmlab import SparseSwitchNorm, SwitchNorm, SyncSN, convert_switch_norm, swap_norm
 from sn_openmmlab.layers.start import correct_for_blend, start_ratios
-from sn_openmmlab.layers.state_dict import tell_starts
+from sn_openmmlab.layers.state_dict import log_starts
 from sn_openmmlab.ops.torch_versions import VERSION
 
 ROOT = Path(__file__).parents[2]
@@ -445,7 +445,7 @@ class Lines(logging.Handler):
 
     def __init__(self):
         super().__init__()
-        tell_starts()  # of what other tests loaded
+        log_starts()  # of what other tests loaded
         self.lines = []
         MMLogger.get_current_instance().addHandler(self)
 
