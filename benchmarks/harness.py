@@ -1,7 +1,7 @@
 """Timing that can be trusted: candidates alternate in one process, and medians are compared.
 
-A candidate is a function without arguments that returns the seconds of each of its phases. In every round each
-candidate runs once, so that a drift of the machine's speed meets all of them.
+A candidate is a function without arguments that returns the seconds of each of its phases. Each candidate runs once a
+round, so that all of them meet a drift of the machine's speed.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).parent / 'results'
-MAPPED_ALONE = 2**25  # bytes from which glibc maps a block by itself, once it has adapted to a program's blocks
+MAPPED_ALONE = 2**25  # from so many bytes on, glibc maps a block by itself once it has adapted to a program
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep the memory that is freed, as a training that has settled does; whether that could be said to it.
+    """Let glibc keep freed memory, as in a training that has settled. Return whether glibc accepts this.
 
-    By default it hands memory back when much of it lies free at the end of the heap, and whichever candidate comes next
-    pays for mapping it again, 2 microseconds a page: ratios then change threefold from run to run. Blocks above 32 MiB
-    are mapped anew for every candidate, as in any process.
+    By default glibc hands memory back when much of it is free at the end of the heap. The next candidate then pays for
+    mapping it again, 2 microseconds a page, and ratios change threefold from run to run. Blocks above 32 MiB are mapped
+    anew for every candidate, as in any process.
     """
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
     m_trim_threshold, m_mmap_threshold = -1, -3
@@ -37,7 +37,7 @@ def keep_freed_memory() -> bool:
 
 
 class Stopwatch:
-    """Seconds between calls of :meth:`lap`, on the device: CUDA events, or the wall clock on the CPU."""
+    """Measures seconds between calls of :meth:`lap`: by CUDA events, or by the wall clock on the CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == 'cuda'
@@ -63,7 +63,7 @@ class Stopwatch:
 
 
 def compare(candidates: dict[str, Callable[[], dict[str, float]]], seconds: float = 10.0, rounds: int = 7) -> dict:
-    """Run the candidates in turn, after two rounds of warm-up, for about ``seconds``, and at least ``rounds`` times.
+    """Run the candidates in turn for about ``seconds``, at least ``rounds`` times, after two rounds of warm-up.
 
     Returns:
         {candidate: {phase: {'median', 'p20', 'p80' (seconds), 'runs'}}}
@@ -85,7 +85,7 @@ def _summary(seconds: list[float]) -> dict:
 
 
 def kept_bytes(forward: Callable[[], object], parameters: list[torch.Tensor]) -> int:
-    """Bytes that autograd keeps between forward and backward, parameters not counted, storages counted once."""
+    """Count the bytes that autograd keeps between forward and backward: each storage once, without parameters."""
     known = {p.untyped_storage().data_ptr() for p in parameters}
     storages = {}
 
@@ -101,7 +101,7 @@ def kept_bytes(forward: Callable[[], object], parameters: list[torch.Tensor]) ->
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
-    """Most bytes allocated at a time during ``step``, above those before it."""
+    """Measure the peak of allocated bytes during ``step``, above those before it."""
     if device.type == 'cuda':
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -120,7 +120,7 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
 
 
 def environment(device: torch.device) -> dict:
-    """What a figure depends on."""
+    """Describe what measurements depend on."""
     return dict(
         device=torch.cuda.get_device_name(device) if device.type == 'cuda' else _cpu_name(),
         threads=torch.get_num_threads(),

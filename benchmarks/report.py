@@ -1,4 +1,4 @@
-"""Result files to the tables of benchmarks/README.md and to plots.
+"""Make tables and plots from the result files.
 
 python -m benchmarks.report           # rewrite what stands between the markers of README.md and others, and the plot
 python -m benchmarks.report --check   # fail if that would change the tables
@@ -24,17 +24,17 @@ REFERENCE_SHAPES = 5  # the shapes that geometric means are taken over
 
 
 def load(pattern: str) -> list[dict]:
-    """The result files that match, in the order of their names."""
+    """Load the result files that match, ordered by name."""
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))]
 
 
 def geometric_mean(values: list[float]) -> float:
-    """The mean of ratios."""
+    """Geometric mean, which suits ratios."""
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def layer_tables(result: dict) -> str:
-    """Ratios to BatchNorm by provider: one row for each shape, one table for each phase."""
+    """Ratios to BatchNorm by provider: a row for each shape, a table for each phase."""
     shapes = list(dict.fromkeys(tuple(row['shape']) for row in result['rows']))
     providers = list(dict.fromkeys(row['provider'] for row in result['rows']))
     cells = {(tuple(r['shape']), r['provider'], r['phase']): r for r in result['rows']}
@@ -69,7 +69,7 @@ def layer_tables(result: dict) -> str:
 
 
 def _pass_table(result: dict) -> list[str]:
-    """Milliseconds of each pass of SN, and how many times the traffic bound that is."""
+    """Milliseconds of each pass of SN, and the multiple of the traffic bound that this is."""
     names = list(dict.fromkeys(row['name'] for row in result['passes']))
     text = ["SN's passes one by one: ms (multiple of the pass's own traffic bound)", '']
     text += ['| shape | ' + ' | '.join(names) + ' |', '| :--- |' + ' ---: |' * len(names)]
@@ -84,7 +84,7 @@ def _pass_table(result: dict) -> list[str]:
 
 
 def summary(result: dict) -> str:
-    """SN on this device's kernels, by its textbook formula, and GroupNorm, as ratios to BatchNorm: geometric means."""
+    """Geometric means of ratios to BatchNorm: SN on this device's kernels, by its textbook formula, and GroupNorm."""
     names = ['SN cpp', 'SN triton', 'SN native', 'SN textbook', 'GroupNorm(32)']
     names = [name for name in names if _list_ratios(result, name, 'both')]
     text = [f'{result["dtype"]}, {result["device"]}, {_describe_conditions(result)}', '']
@@ -125,7 +125,7 @@ def host_table(result: dict) -> str:
     ]
     text += [f'| us, best (median), {result["channels"]} channels | forward | backward | evaluation |']
     text += ['| :--- | ---: | ---: | ---: |']
-    # torch's norms compute on the CPU here, which is nothing for 2 samples only
+    # torch's norms compute on the CPU here, which takes no time for 2 samples only
     for samples, name in [(2, name) for name in names] + [(256, 'SN')]:
         row = [cells[samples, name, phase] for phase in ('forward', 'backward', 'eval')]
         times = ' | '.join(f'{r["best"]:.0f} ({r["median"]:.0f})' for r in row)
@@ -152,7 +152,7 @@ STATUSES = {
 
 
 def sweep_table(records: list[dict]) -> str:
-    """How many configs of each library met with what."""
+    """How many configs of each library ended with which status."""
     head, *records = records
     libraries = sorted({record['config'].partition('::')[0] for record in records})
     numbers = {
@@ -196,7 +196,7 @@ def sweep_owners(records: list[dict]) -> str:
 
 
 def sweep_reasons(records: list[dict]) -> str:
-    """Configs that could not be swapped, by what was said."""
+    """Configs that could not be swapped, by reason."""
     found = {}
     for record in records[1:]:
         if 'reason' in record:
@@ -208,7 +208,7 @@ def sweep_reasons(records: list[dict]) -> str:
 
 
 def training_table(records: list[dict], sweep: list[dict]) -> str:
-    """How many families train for a step with SN, and what was said in the others."""
+    """How many families train for a step with SN, and why the others do not."""
     head, *records = records
     families = {r['config'].partition('/')[0] for r in sweep[1:] if 'changed' in r}
     failed = sorted((r for r in records if r['sn']), key=lambda r: (bool(r['as shipped']), r['config']))
@@ -256,7 +256,7 @@ def plot(result: dict, path: Path) -> None:
 
 
 def rewrite(tables: dict[tuple[Path, str], list[str]], check: bool) -> None:
-    """Put tables between the named markers of files; or only check that they are there."""
+    """Put tables between the named markers of files, or only check that they are there."""
     for (path, name), parts in tables.items():
         begin, end = f'<!-- {name} begin -->', f'<!-- {name} end -->'
         text = path.read_text()

@@ -1,12 +1,12 @@
-"""One training step with SN of a config of every family of mmdet and mmseg, and as shipped where that fails.
+"""Train one config of every family of mmdet and mmseg with SN for a step; as shipped too, if that fails.
 
     python -m benchmarks.swap_training
 
-Of each folder of configs that benchmarks/results/swap_sweep.jsonl says can be swapped, the config with the fewest norm
-layers is swapped and trained for a step on two small images, on the CPU, from random weights. Where that fails the same
-config is trained with its own norms, on the same images: what fails there too is not about SN. One JSON line a config;
-families that the file has are skipped, so that a run can be stopped and started again. `python -m benchmarks.report`
-makes the table.
+A family is a folder of configs that benchmarks/results/swap_sweep.jsonl says can be swapped. Its config with the fewest
+norm layers is swapped, and trained for a step on two small images, on the CPU, from random weights. If that fails, the
+config is trained with its own norms on the same images: a failure there too is not about SN. Each config gets one JSON
+line. Families that the file has are skipped, so that a run can be stopped and started again. `python -m
+benchmarks.report` makes the table.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         args.out.write_text(json.dumps(head) + '\n')
     done = {json.loads(line)['config'] for line in args.out.read_text().splitlines()[1:]}
     todo = [name for name in one_of_each_family() if name not in done]
-    # spawned, since torch's threads do not survive a fork; renewed, since some models leave much behind
+    # spawned, as torch's threads do not survive a fork; renewed, as some models leave much memory behind
     pool = multiprocessing.get_context('spawn').Pool(args.processes, set_up_worker, maxtasksperchild=20)
     with pool, args.out.open('a') as file:
         for record in track(pool.imap_unordered(try_one, todo), total=len(todo)):
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def one_of_each_family() -> list[str]:
-    """Of each folder of configs one that can be swapped, with the fewest norm layers; subfolders come last."""
+    """Choose from each folder the config with the fewest norm layers that can be swapped; subfolders come last."""
     families = {}
     for record in map(json.loads, SWEEP.read_text().splitlines()[1:]):
         if 'changed' in record:
@@ -151,7 +151,7 @@ def train_step(cfg: Config) -> str:
 
 
 def shrink(node) -> None:
-    """No checkpoints, no trackers, no padding to the training size, few proposals."""
+    """Make a model small: no checkpoints, no trackers, no padding to the training size, few proposals."""
     if isinstance(node, (list, tuple)):
         for item in node:
             shrink(item)
@@ -174,7 +174,7 @@ def shrink(node) -> None:
 
 
 def make_inputs(cfg: Config) -> dict:
-    """A few small images, or clips of two, with what models of their kind learn from."""
+    """Make a few small images, or clips of two, with the annotations that models of this kind learn from."""
     if cfg.default_scope == 'mmseg':
         samples = [SegDataSample(metainfo=dict(img_shape=(128, 128), ori_shape=(128, 128))) for _ in range(2)]
         for sample in samples:

@@ -1,8 +1,9 @@
 """Swap the norm of every config of the installed mmdet and mmseg, and record what became of each.
 
-One JSON line a config: its status, how many layers changed in each part, and which class kept norms of its own. Configs
-that the file has already are skipped, so that a sweep can be stopped and started again. `python -m benchmarks.report`
-makes the tables. What the configs need beyond mmdet and mmseg: `pip install -r requirements/sweep.txt`.
+Each config gets one JSON line: its status, how many layers changed in each part, and which classes kept norms of their
+own. Configs that the file has are skipped, so that a sweep can be stopped and started again. `python -m
+benchmarks.report` makes the tables. Some configs need packages beyond mmdet and mmseg: `pip install -r
+requirements/sweep.txt`.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     done = {record['config'] for record in read_records(args.out)}
     todo = [name for name in names if name not in done]
     columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    # spawned, since torch's threads do not survive a fork; renewed, since building leaks
+    # spawned, as torch's threads do not survive a fork; renewed, as building models leaks memory
     context, folder = multiprocessing.get_context('spawn'), tempfile.TemporaryDirectory()
     pool = context.Pool(args.processes, set_up_worker, [folder.name], maxtasksperchild=100)
     with folder, pool, args.out.open('a', encoding='utf-8') as file, Progress(*columns) as progress:
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def list_configs(library: str) -> list[str]:
-    """List the configs of an installed library that are no bases, as ``mmdet::...``."""
+    """List the configs of an installed library as ``mmdet::...``, without its bases."""
     root = Path(get_installed_path(library), '.mim/configs')
     if not root.is_dir():
         raise SystemExit(f'{library} has no configs in {root}')
@@ -97,7 +98,7 @@ def sort_records(path: Path) -> None:
 
 
 def set_up_worker(folder: str) -> None:
-    """Set a worker up: one thread, no warnings, and in its folder the configuration of BERT that GLIP's head reads."""
+    """Set up a worker: one thread, no warnings, and in its folder BERT's configuration, which GLIP's head reads."""
     torch.set_num_threads(1)
     os.chdir(folder)
     with contextlib.suppress(ImportError):

@@ -1,12 +1,15 @@
-"""Switchable Normalization for OpenMMLab. Importing this package registers SN, SN1d, SN2d, SN3d, SyncSN and SSN, hooks,
-and the checkpoint addresses switchnorm://PATH."""
+"""Switchable Normalization for OpenMMLab.
+
+Importing this package registers the layers SN, SN1d, SN2d, SN3d, SyncSN and SSN, three hooks, and checkpoint addresses
+that begin with ``switchnorm://``.
+"""
 
 import importlib.util
 import sys
 
 import torch
 
-if sys.version_info < (3, 8):  # noqa: UP036  (pip does not install it there, but a checkout may be tried)
+if sys.version_info < (3, 8):  # noqa: UP036  (pip refuses; a checkout does not)
     raise ImportError('sn_openmmlab needs Python 3.8 or newer; this is {}.{}.{}'.format(*sys.version_info))
 if [int(number) for number in torch.__version__.split('.')[:2]] < [1, 13]:
     raise ImportError(f'sn_openmmlab needs torch 1.13 or newer; this is {torch.__version__}')

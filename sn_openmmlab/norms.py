@@ -20,30 +20,30 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def is_switchable(cls: type) -> bool:
-    """Whether SN can stand in place of a class of layers: it normalizes maps of shape (N, C, \\*), and is not SN."""
+    """Whether SN can replace a class of layers: a norm of maps (N, C, \\*) that is not SN already."""
     if issubclass(cls, SwitchNorm):
         return False
     return issubclass(cls, (_InstanceNorm, nn.GroupNorm)) or is_batch_norm(cls)
 
 
 def is_batch_norm(cls: type) -> bool:
-    """Whether a class is a BatchNorm, torch's or mmcv's own SyncBatchNorm, which derives from none; imports no mmcv."""
+    """Whether a class is a BatchNorm: torch's, or mmcv's SyncBatchNorm, which does not derive from torch's."""
     return issubclass(cls, _BatchNorm) or any(map(is_mmcv_sync_bn, cls.__mro__))
 
 
 def own_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """All modules by name, but for the statistics inside SN layers."""
+    """All modules by name, without the children of SN layers, which only hold statistics."""
     inside = {id(m) for layer in model.modules() if isinstance(layer, SwitchNorm) for m in layer.children()}
     return [(name, module) for name, module in model.named_modules() if id(module) not in inside]
 
 
 def unwrap(model: nn.Module) -> Any:
-    """The model as checkpoints know it, without DistributedDataParallel: a module of any class."""
+    """The model without a wrapper such as DistributedDataParallel: its names are those of checkpoints."""
     return model.module if is_model_wrapper(model) else model
 
 
 def part_of(place: str) -> str:
-    """The part of the model that a place in ``cfg.model``, or a module's name, belongs to."""
+    """The part ('backbone', 'neck' or 'head') that a place in ``cfg.model``, or a module's name, belongs to."""
     for name in place.split('.'):
         if name in ('backbone', 'image_encoder') or name.endswith('_backbone'):
             return 'backbone'
@@ -53,9 +53,9 @@ def part_of(place: str) -> str:
 
 
 def part_name(layer: str) -> str:
-    """What figures and logs call the part of a layer: 'backbone', 'neck', or the head by its own name, as 'box head'.
+    """What figures and logs call the part of a layer: 'backbone', 'neck', or the head by name, such as 'box head'.
 
-    A layer of no such part, as in a backbone that is a checkpoint by itself, belongs to the first of its names.
+    A layer outside these, as in a checkpoint of a backbone alone, is in the part that its first name says.
     """
     names = layer.split('.')
     part = part_of(layer)
@@ -66,4 +66,5 @@ def part_name(layer: str) -> str:
 
 
 def is_mmcv_sync_bn(cls: type) -> bool:
+    """Whether a class is mmcv's SyncBatchNorm itself; told by its name, so that mmcv is not imported."""
     return cls.__module__ == 'mmcv.ops.sync_bn' and cls.__name__ == 'SyncBatchNorm'

@@ -1,4 +1,4 @@
-"""Change mmengine, when this package is imported, in all but the registered layers and hooks."""
+"""All that importing this package changes in mmengine, besides the registered layers and hooks."""
 
 import functools
 import importlib.util
@@ -12,14 +12,14 @@ from mmengine.utils import is_installed
 
 from .checkpoint import SCHEME, load_from_switchnorm
 
-# libraries whose configs mmengine finds only once this package is imported
+# Libraries whose configs mmengine finds only after this package is imported.
 FOUND_AFTER_IMPORT = {'sn_openmmlab'} | {
     module for module, distribution in MODULE2PACKAGE.items() if module != distribution
 }
 
 
 def register() -> None:
-    """Add ``switchnorm://``, the places of configs, and the FLOPs of SN."""
+    """Register ``switchnorm://``, let configs of more packages be found, and count the FLOPs of SN."""
     CheckpointLoader.register_scheme(SCHEME, load_from_switchnorm, force=True)
     _find_bases()
     _count_flops()
@@ -28,12 +28,12 @@ def register() -> None:
 def _find_bases() -> None:
     """Let configs inherit from another package: ``_base_ = 'sn_openmmlab::mmdet/...'`` and ``'mmseg::...'``.
 
-    mmengine looks for such a package by the name of its distribution, which it takes from a table. The table lacks this
-    package, and has mmsegmentation for mmseg, but not onedl-mmsegmentation. Where a distribution is not installed and
-    the module is there, the module's own name serves.
+    mmengine has a table from modules to distributions, and looks only for the distribution. The table lacks this
+    package. It names mmsegmentation for mmseg, and so misses onedl-mmsegmentation. Where a distribution is missing but
+    its module is there, the table gets the module's own name.
 
-    It also takes the package's name for the scope of the classes that the base names. Ours is no scope: it has configs
-    for several libraries, each with its own ``default_scope``.
+    mmengine also takes the package's name for the scope of the classes in the base. This package is no scope: its
+    configs are for several libraries, and each sets its own ``default_scope``.
     """
     MODULE2PACKAGE['sn_openmmlab'] = 'sn_openmmlab'
     Config._get_cfg_path = staticmethod(_drop_our_scope(Config._get_cfg_path))
@@ -52,10 +52,10 @@ def _drop_our_scope(find):
 
 
 def _count_flops() -> None:
-    """Let mmengine's complexity analysis count SN as the other norms, 5 an element.
+    """Let mmengine's complexity analysis count 5 FLOPs an element for SN, as for other norms.
 
-    It counts norm layers by torch's operators for them, and SN uses none of these. SN is counted by the operator that
-    computes its variances: in a trace this is ``var_mean`` in training mode, and ``square`` in evaluation.
+    It counts torch's norm operators, which SN does not use. So the operator that computes SN's variances is counted: in
+    a trace this is ``var_mean`` in training mode and ``square`` in evaluation mode.
     """
     for operator in 'aten::var_mean', 'aten::square':
         complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS.setdefault(operator, elementwise_flop_counter(5))

@@ -1,4 +1,4 @@
-"""Batch average: the running statistics of a model, estimated anew with the weights held fixed."""
+"""Batch average: estimate the running statistics of a model again, with its weights held fixed."""
 
 from __future__ import annotations
 
@@ -28,32 +28,31 @@ _Seen = Dict[nn.Module, _Moments]
 
 @torch.no_grad()
 def average_statistics(model: nn.Module, batches: Iterable, num_batches: int | None = None) -> list[str]:
-    r"""Replace running statistics by those of training batches that go through the network with fixed weights.
+    r"""Replace running statistics by those of training batches, with the weights held fixed.
 
-    The *batch average* of Luo et al. (ICLR 2019, section 3.1), for the ``bn`` of SN layers and for BatchNorm and
-    SyncBatchNorm layers that the model has besides. The batches pass as in training: augmented as the dataset does it,
-    with dropout, computing the loss, and with each layer normalizing by the moments of the batch at hand. A layer's
-    statistics become the moments of all :math:`n = \sum_b n_b` pixels that come to it, in all calls, batches and
-    processes,
+    The *batch average* of Luo et al. (ICLR 2019, section 3.1), for the ``bn`` of SN layers, and for the model's
+    BatchNorm and SyncBatchNorm layers. The batches pass as in training: augmented, with dropout, up to the loss, and
+    each layer normalizes by the moments of the batch at hand. A layer's statistics become the moments of all
+    :math:`n = \sum_b n_b` pixels that reach it, in all calls, batches and processes,
 
     .. math::
         \mu = \frac{1}{n} \sum_b n_b \mu_b, \quad
         \sigma^2 = \frac{1}{n} \sum_b n_b \left( \sigma^2_b + (\mu_b - \mu)^2 \right),
 
-    the law of total variance; ``running_var`` stores the unbiased :math:`\sigma^2 n / (n - 1)`, as BatchNorm's. How the
-    pixels are split into batches and processes does not matter. It does matter for what the pixels *are* behind a
-    layer that normalizes by the batch's moments: there the result is a function of the batches, and stays the same
-    when each batch is split over processes with synchronised statistics.
+    by the law of total variance. ``running_var`` stores the unbiased :math:`\sigma^2 n / (n - 1)`, as BatchNorm does.
 
-    The training modes are those that ``model.train()`` sets: what ``frozen_stages`` and ``norm_eval`` freeze keeps its
-    statistics. Whatever happens, modes, all other buffers and the random number generators are afterwards what they
-    were, and if it fails the statistics too.
+    For the same pixels the split into batches and processes does not matter. But the pixels behind a layer that
+    normalizes by the batch's moments depend on the batches themselves. They stay the same if each batch is split over
+    processes with synchronised statistics.
+
+    ``model.train()`` sets the modes, so layers that ``frozen_stages`` or ``norm_eval`` freezes keep their statistics.
+    Modes, all other buffers and the random number generators are restored afterwards; if it fails, the statistics too.
 
     Args:
         model (nn.Module): mmengine's ``BaseModel``, or a wrapper of one. In distributed work every process calls, with
-            as many batches.
+            the same number of batches.
         batches (Iterable): Batches as the train dataloader yields them.
-        num_batches (int, optional): Number of batches to take. Defaults to None, all, of what has a length.
+        num_batches (int, optional): Number of batches to take. Defaults to None: all, if ``batches`` has a length.
 
     Returns:
         list[str]: The names of the modules whose ``running_mean`` and ``running_var`` were replaced.
@@ -80,7 +79,7 @@ def average_statistics(model: nn.Module, batches: Iterable, num_batches: int | N
         if not layers:
             raise ValueError('all SN and BN layers of the model are frozen (norm_eval, frozen_stages): none to average')
         seen: _Seen = dict.fromkeys(layers.values(), (0, 0.0, 0.0))
-        for layer in layers.values():  # an SN layer's input comes to the hooks of its statistics too
+        for layer in layers.values():  # SN calls the hooks of its bn with its own input
             hook = layer.register_forward_pre_hook(lambda layer, args: _add_moments(seen, layer, args[0]))
             hooks.callback(hook.remove)
         count = 0
@@ -94,9 +93,9 @@ def average_statistics(model: nn.Module, batches: Iterable, num_batches: int | N
 
 
 def average_runner_statistics(runner: Runner, num_batches: int) -> list[str]:
-    """:func:`average_statistics` of a runner's model, over batches of a train dataloader that is built for it.
+    """Call :func:`average_statistics` for a runner's model, with a train dataloader that is built for this.
 
-    The runner's own could not serve: its sampler and its workers go on where they are left.
+    Batches of the runner's own dataloader would be missing in the training, whose sampler and workers go on from there.
     """
     config = runner._train_dataloader
     if isinstance(config, DataLoader) or config is None:
@@ -117,7 +116,7 @@ def average_runner_statistics(runner: Runner, num_batches: int) -> list[str]:
 
 
 def statistics_layers(model: nn.Module) -> dict[str, Any]:
-    """The modules of a model that hold running statistics, ``bn`` of SN layers and BatchNorms of any class, by name.
+    """The modules that hold running statistics, by name: the ``bn`` of SN layers, and BatchNorms of any class.
 
     Raises:
         ValueError: If there are none.
@@ -137,12 +136,12 @@ def check_num_batches(num_batches: int, available: int) -> None:
 
 
 def _add_moments(seen: _Seen, layer: nn.Module, x: Tensor) -> None:
-    """Join the moments of one input to those of a layer's earlier ones."""
+    """Join the moments of an input with those of the layer's earlier inputs."""
     n = x.numel() // x.shape[1]
     if n == 0:
         return
     zeros = x.new_zeros(x.shape[1], dtype=moments_dtype(x.dtype))
-    # statistics that are passed, here in vain, select float32 moments of half-precision input
+    # given running statistics, torch computes float32 moments of half-precision input; they are not used otherwise
     mean, var = torch.batch_norm_update_stats(x, zeros, zeros.clone(), 0.0)
     before, mean_before, var_before = seen[layer]
     share, distance = n / (before + n), mean - mean_before
@@ -154,7 +153,7 @@ def _add_moments(seen: _Seen, layer: nn.Module, x: Tensor) -> None:
 
 
 def _write_statistics(layers: dict[str, Any], seen: _Seen) -> list[str]:
-    """Join the moments of all processes, in float64, and let the layers have them."""
+    """Join the moments of all processes, in float64, and write them into the layers; return the names of these."""
     sizes = [layer.num_features for layer in layers.values()]
     device = next(iter(layers.values())).running_mean.device
     rows = [
@@ -185,7 +184,7 @@ def _sum_over_ranks(t: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _restore_afterwards(model: nn.Module) -> Iterator[None]:
-    """Bring back what training batches change: modes, buffers, the state of random number generators."""
+    """Restore, at the end, what training batches change: modes, buffers, and random number generators."""
     modes = [(m, m.training) for m in model.modules()]
     buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
     try:
@@ -200,7 +199,7 @@ def _restore_afterwards(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _restore_random_states() -> Iterator[None]:
-    """Bring back the state of Python's, NumPy's and torch's random number generators."""
+    """Restore, at the end, the random number generators of Python, NumPy and torch."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:

@@ -1,7 +1,7 @@
-"""Replace the running statistics in a checkpoint by those of training batches, with the weights as they are.
+"""Replace the running statistics in a checkpoint by those of training batches; the weights stay.
 
-The batch average of the SN paper (section 3.1), for SN and BatchNorm layers: docs/batch_average.md. OUT is the
-checkpoint with other running_mean and running_var, and everything else, optimizer included, as it was.
+This is the batch average of the SN paper (section 3.1), for SN and BatchNorm layers: docs/batch_average.md. OUT is the
+checkpoint with another running_mean and running_var. All else in it, also the optimizer, stays.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the tools share: common options, reading the config, files of the user's, and starting mmengine's Runner."""
+"""What the tools share: common options, reading configs, writing files safely, and starting mmengine's Runner."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def load_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Co
 
     The work folder is the first given of ``--work-dir``, the config's ``work_dir`` and work_dirs/CONFIG.
     """
-    read_checkpoints_as_data()  # of which the config may name some, for whatever builds something by it
+    read_checkpoints_as_data()  # before anything builds a model that names some
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     check_file(parser, 'config', args.config)
     for key in args.cfg_options:
@@ -72,14 +72,14 @@ def load_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Co
 
 
 def check_file(parser: argparse.ArgumentParser, what: str, path: str) -> None:
-    """End with an error where ``path`` is no file; addresses such as https:// and torchvision:// pass."""
+    """End with an error if ``path`` is no file; addresses such as https:// and torchvision:// pass."""
     file = path[len(SCHEME) :] if path.startswith(SCHEME) else path
     if '://' not in file and not Path(file).expanduser().is_file():
         parser.error(f'{what} {path!r} is no file (from {os.getcwd()})')
 
 
 def check_paths(parser: argparse.ArgumentParser, sources: list[str], dst: str, force: bool) -> None:
-    """End with an error where a checkpoint is not there, or a file is where one is to be written and would be lost."""
+    """End with an error if a checkpoint to read is missing, or ``dst`` cannot be written or would be lost."""
     for src in sources:
         if '://' in src:
             parser.error(f'checkpoint {src!r} is an address; download it, and give the file')
@@ -90,7 +90,7 @@ def check_paths(parser: argparse.ArgumentParser, sources: list[str], dst: str, f
 
 
 def check_out(parser: argparse.ArgumentParser, dst: str, force: bool) -> None:
-    """End with an error where ``dst`` cannot be written, or is there and would be lost."""
+    """End with an error if ``dst`` cannot be written, or exists and would be lost."""
     out = Path(dst)
     if not out.parent.is_dir():
         parser.error(f'{str(out.parent)!r}, the folder to write {out.name!r} into, does not exist')
@@ -108,17 +108,17 @@ def check_out(parser: argparse.ArgumentParser, dst: str, force: bool) -> None:
 
 
 def part_file(path: Path, suffix: str = '') -> Path:
-    """The temporary name beside ``path``, or what it links to, of this process."""
+    """This process's temporary name beside ``path``, or beside what it links to."""
     path = path.resolve()
-    return path.with_name(f'{path.name[:50]}.{os.getpid()}.part{suffix}')  # in 255 bytes, of whatever alphabet
+    return path.with_name(f'{path.name[:50]}.{os.getpid()}.part{suffix}')  # at most 255 bytes, in any alphabet
 
 
 @contextlib.contextmanager
 def write_whole(path: Path, suffix: str = '') -> Iterator[Path]:
     """Give a temporary name to write to, and rename the file at the end, so that ``path`` is never half a file.
 
-    A link is followed, and stays. Whatever ends the work, nothing is left behind; a full disk, or the like, ends the
-    program with a line.
+    If ``path`` is a link, the file that it leads to is written. However the work ends, no temporary file stays. An
+    error such as a full disk ends the program with one line.
     """
     part = part_file(path, suffix)
     try:
@@ -126,7 +126,7 @@ def write_whole(path: Path, suffix: str = '') -> Iterator[Path]:
             yield part
             part.replace(path.resolve())
     except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch tells of the consequence only
+        cause = error if isinstance(error, OSError) else error.__context__  # torch raises a consequence of it
         if isinstance(cause, (SystemExit, KeyboardInterrupt)):
             raise cause from None
         if isinstance(cause, OSError):
@@ -141,9 +141,9 @@ def write_whole(path: Path, suffix: str = '') -> Iterator[Path]:
 
 @contextlib.contextmanager
 def exit_on_signals() -> Iterator[None]:
-    """Within it SIGTERM and SIGHUP, where they would end the program as it stands, raise SystemExit."""
+    """Let SIGTERM and SIGHUP raise SystemExit, so that clean-up runs, unless they are handled or ignored already."""
     signals = [getattr(signal, name) for name in ('SIGTERM', 'SIGHUP') if hasattr(signal, name)]
-    if threading.current_thread() is not threading.main_thread():  # no other may set handlers
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         signals = []
     signals = [number for number in signals if signal.getsignal(number) == signal.SIG_DFL]  # nohup ignores SIGHUP
     for number in signals:
@@ -161,11 +161,11 @@ def save(content: object, path: str | Path) -> None:
         if isinstance(content, bytes):
             file.write(content)
         else:
-            torch.save(content, file)  # not by name, which would stand in the archive: equal files then differ
+            torch.save(content, file)  # a name would be stored in the archive, and equal files would differ
 
 
 def run(cfg: Config, work: Callable[[Runner], object]) -> None:
-    """Build the runner that the config describes and do ``work`` with it."""
+    """Build the runner of a config, and do ``work`` with it."""
     if cfg.launcher == 'pytorch' and get_device() == 'cpu':
         join_cpu_group(cfg)
     with refuse_code():
@@ -176,7 +176,7 @@ def run(cfg: Config, work: Callable[[Runner], object]) -> None:
 
 @contextlib.contextmanager
 def refuse_code() -> Iterator[None]:
-    """Within it a checkpoint that holds code, or cannot be converted, ends the program with a line that says so."""
+    """Let a checkpoint that holds code, or cannot be converted, end the program with a line that says so."""
     try:
         yield
     except ValueError as error:
@@ -191,7 +191,7 @@ def refuse_code() -> Iterator[None]:
 
 
 def join_cpu_group(cfg: Config) -> None:
-    """Join torchrun's processes on a machine without GPU, where mmengine would insist on CUDA devices."""
+    """Join torchrun's processes on a machine without GPU; mmengine by itself would ask for CUDA devices."""
     torch.distributed.init_process_group('gloo')
     wrapper = dict(broadcast_buffers=False, find_unused_parameters=cfg.get('find_unused_parameters', False))
     cfg.model_wrapper_cfg = dict({**wrapper, **cfg.get('model_wrapper_cfg', {})}, device_ids=None)

@@ -1,7 +1,7 @@
 """Convert a checkpoint of the authors' SN code, or of a model with BatchNorm, for the models of OpenMMLab with SN.
 
-Authors' code: the ImageNet ResNets, the detectors, and the segmentation encoder and decoder, of which both files may be
-given, for one whole segmentor. docs/checkpoints.md says what the models have to be built with.
+Of the authors' models these are the ImageNet ResNets, the detectors, and the segmentation encoder and decoder; both
+files of the latter make one segmentor. docs/checkpoints.md says how to build the models.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Show the whole path on a small set of its own: data, training, evaluation with pictures, and a summary.
+"""Show the whole path on a small set of images: making them, training, evaluation with pictures, and a summary.
 
-Each step is a command that it prints and that works alone. Takes a few minutes on two CPU cores.
+Each step is a command, which is printed and can be run alone. All takes a few minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def run(tool: str, *arguments) -> None:
     """Print and run one of the commands beside this file; end with its exit status if it fails."""
     command = [Path('tools', tool), *arguments]
     print('\n$ python', shlex.join(map(str, command)), flush=True)
-    # threads that wait busily take minutes from each other where anything else runs on these cores
+    # threads that wait busily cost minutes if anything else runs on these cores
     environment = {'OMP_WAIT_POLICY': 'passive', **os.environ}
     status = subprocess.run([sys.executable, ROOT / 'tools' / tool, *map(str, arguments)], env=environment).returncode
     if status:

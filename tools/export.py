@@ -1,8 +1,8 @@
 """Export the raw network of a config to ONNX (OUT.onnx) or as an exported program of torch.export (OUT.pt2).
 
-Raw means tensors in, tensors out: what the model computes from a batch of images that are normalized already
-(mode='tensor'), or with --features only its backbone and neck. Pipelines with pre- and post-processing, such as boxes
-after NMS, are mmdeploy's. The file is run and compared with the model before it gets its name.
+Raw means from tensor to tensors: what the model computes from a batch of normalized images (mode='tensor'), or, with
+--features, only its backbone and neck. For pipelines with pre- and post-processing, such as boxes after NMS, there is
+mmdeploy. The file is run and compared with the model before it gets its name.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class Network(nn.Module):
         self.features = features
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The outputs, however the model nests them, in order."""
+        """All outputs in order, as a flat tuple."""
         y = self.model.extract_feat(x) if self.features else self.model(x, mode='tensor')
         return tuple(t for t in tree_leaves(y) if isinstance(t, Tensor))
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Read the command line, build, fold, export, compare and only then name the file."""
+    """Read the command line, build, fold, export and compare; only then give the file its name."""
     parser, args = parse(argv)
     cfg = load_config(parser, args)
     init_default_scope(cfg.get('default_scope') or 'mmengine')
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    """The command line, checked as far as that goes without reading the config."""
+    """Read the command line, and check what can be checked without the config."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file')
@@ -113,7 +113,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
 
 
 def load(parser: argparse.ArgumentParser, model: nn.Module, path: str) -> None:
-    """Load a checkpoint that has all of the model; what it has besides, such as a teacher, is said and left."""
+    """Load a checkpoint, which must have all of the model; print what else it has, such as a teacher."""
     missing, unexpected = model.load_state_dict(read_state_dict(path), strict=False)
     if missing:
         parser.error(
@@ -124,7 +124,7 @@ def load(parser: argparse.ArgumentParser, model: nn.Module, path: str) -> None:
 
 
 def run_model(parser: argparse.ArgumentParser, args: argparse.Namespace, net: nn.Module, x: Tensor) -> list[Tensor]:
-    """What the model gives, or an error that says what else could be exported."""
+    """Run the model; if it fails, end with an error that says what else could be exported."""
     try:
         with torch.no_grad():
             y = net(x)
@@ -152,7 +152,7 @@ def export(args: argparse.Namespace, net: nn.Module, x: Tensor, path: Path) -> N
 
 
 def compare(path: Path, x: Tensor, expected: list[Tensor]) -> float:
-    """Largest difference of what the file gives from what was expected, as TOLERANCE is meant."""
+    """Run the file; return its largest difference from what was expected, relative as TOLERANCE is."""
     if path.suffix == '.onnx':
         import onnxruntime
 
@@ -166,7 +166,7 @@ def compare(path: Path, x: Tensor, expected: list[Tensor]) -> float:
 
 
 class quiet(warnings.catch_warnings):
-    """Without the exporters' reports, of which none is about the model, as comparing the file with it shows."""
+    """Silence the exporters' warnings. The file is compared with the model, so none of them matters."""
 
     def __enter__(self) -> None:
         super().__enter__()

@@ -21,8 +21,8 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 CLASSES = ('circle', 'rectangle', 'triangle', 'star')
-VERSION = 1  # raise it with every change of what the same settings give
-MIN_VISIBLE = 0.6  # no shape is covered further than this, or the class could not be told
+VERSION = 1  # raise it whenever the same settings give another set
+MIN_VISIBLE = 0.6  # of each shape, or its class could not be told
 
 
 def main() -> None:
@@ -42,9 +42,9 @@ def main() -> None:
 
 
 def make_demo_data(out, train: int = 800, val: int = 80, size=(256, 256), seed: int = 0) -> bool:
-    """Make the set in the folder ``out``, unless it is there.
+    """Make the set in the folder ``out``, unless it is there already.
 
-    A set of other settings at ``out`` is replaced. The set is built beside ``out`` and renamed when it is complete.
+    A set with other settings is replaced. The set is made beside ``out``, and renamed when it is complete.
 
     Args:
         out (str or Path): Folder to make.
@@ -57,7 +57,7 @@ def make_demo_data(out, train: int = 800, val: int = 80, size=(256, 256), seed: 
         bool: Whether anything had to be made.
 
     Raises:
-        FileExistsError: If ``out`` is there and is no such set.
+        FileExistsError: If ``out`` exists and is no such set.
         ValueError: If a number is out of range.
     """
     out = Path(out)
@@ -88,7 +88,7 @@ def make_demo_data(out, train: int = 800, val: int = 80, size=(256, 256), seed: 
 
 
 def _settings(out: Path) -> dict:
-    """What the set at ``out`` was made with; empty if it is no such set."""
+    """Read the settings of the set at ``out``; empty if it is no such set."""
     try:
         settings = json.loads((out / 'settings.json').read_text())
     except (OSError, ValueError):
@@ -131,7 +131,7 @@ def _make_split(out: Path, name: str, rngs, size) -> None:
 
 
 def draw(rng: np.random.Generator, size) -> tuple[np.ndarray, list[np.ndarray], list[int]]:
-    """One picture.
+    """Draw one picture.
 
     Returns:
         tuple: The picture (H, W, 3) in uint8, the visible part (H, W) of each shape as a boolean mask, and each
@@ -140,7 +140,7 @@ def draw(rng: np.random.Generator, size) -> tuple[np.ndarray, list[np.ndarray], 
     picture = _texture(rng, *size)
     masks, areas, categories = [], [], []
     wanted = int(rng.integers(3, 8))
-    for _ in range(4 * wanted):  # places where too much would be covered are given up
+    for _ in range(4 * wanted):  # a shape that would cover too much is dropped
         category = int(rng.integers(1, len(CLASSES) + 1))
         diameter = min(size) * np.exp(rng.uniform(np.log(0.15), np.log(0.5)))
         mask = _shape(rng, CLASSES[category - 1], diameter, size)
@@ -161,14 +161,14 @@ def draw(rng: np.random.Generator, size) -> tuple[np.ndarray, list[np.ndarray], 
 
 
 def _shape(rng, name: str, diameter: float, size) -> np.ndarray:
-    """A mask (H, W) of one shape, anywhere in the picture, tilted by up to 20 degrees."""
+    """Draw a mask (H, W) of one shape, anywhere in the picture, tilted by up to 20 degrees."""
     corners = dict(circle=64, rectangle=4, triangle=3, star=10)[name]
     angles = np.arange(corners) * 2 * np.pi / corners - np.pi / 2  # the first one is on top
     radius = np.ones(corners)
     if name == 'star':
         radius[1::2] = 0.45
     if name == 'rectangle':
-        half = rng.uniform(0.4, np.pi / 2 - 0.4)  # of the angle that its height fills, seen from the middle
+        half = rng.uniform(0.4, np.pi / 2 - 0.4)  # half the angle that its height fills, seen from the middle
         angles = np.array([-half, half, np.pi - half, np.pi + half])
     angles = angles + np.radians(rng.uniform(-20, 20))
     corners = diameter / 2 * radius[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)
@@ -180,7 +180,7 @@ def _shape(rng, name: str, diameter: float, size) -> np.ndarray:
 
 
 def _texture(rng, height: int, width: int) -> np.ndarray:
-    """A texture (H, W, 3) in float32: two colours blended by a gradient, by stripes or by smooth noise."""
+    """Draw a texture (H, W, 3) in float32: two colours blended by a gradient, by stripes or by smooth noise."""
     first, second = rng.uniform(10, 245, (2, 3)).astype(np.float32)
     kind = rng.integers(3)
     if kind == 2:

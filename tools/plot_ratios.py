@@ -1,8 +1,7 @@
-"""Draw the importance ratios that networks with SN have learned, without building them; several are compared.
+"""Draw the importance ratios of trained networks with SN, without building them; several networks are compared.
 
-Writes layers (stacked bars), parts (their means), radar (the same as the paper's figure 1a has them), course (over
-training, if SNRatioHook has logged it), ratios.html (interactive, works offline) and ratios.csv. docs/ratios.md shows
-them.
+Writes layers (stacked bars), parts (their means), radar (parts as in the paper's figure 1a), course (over training, if
+SNRatioHook has logged it), ratios.html (interactive, works offline) and ratios.csv. docs/ratios.md shows them.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def read(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Run]:
-    """The ratios of all sources; an error where one is none, or has no layer that was asked for."""
+    """Read the ratios of all sources; end with an error if one has none, or no layer that was asked for."""
     if args.labels and len(args.labels) != len(args.source):
         parser.error(f'--labels: {len(args.labels)} for {len(args.source)} sources; give one each')
     try:
@@ -84,7 +83,7 @@ def read(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Run]
 
 
 def check_folder(parser: argparse.ArgumentParser, args: argparse.Namespace, files: dict[str, bytes]) -> None:
-    """End with an error where a file would be lost, or cannot be written."""
+    """End with an error if a file would be lost, or cannot be written."""
     if not str(args.out).isprintable():
         parser.error(f'--out {ascii(str(args.out))} cannot be printed; give another name')
     if args.out.exists() and not args.out.is_dir():
@@ -97,7 +96,7 @@ def check_folder(parser: argparse.ArgumentParser, args: argparse.Namespace, file
 
 
 def render(runs: list[Run], formats: list[str]) -> dict[str, bytes]:
-    """The content of all files by name."""
+    """Render the content of all files, by name."""
     files = {}
     kinds = [kind for kind in FIGURES if kind in formats]
     for name, figure in draw.figures(runs).items() if kinds else ():
@@ -121,12 +120,12 @@ def render(runs: list[Run], formats: list[str]) -> dict[str, bytes]:
 
 
 def cell(name: str) -> str:
-    """A name as a spreadsheet shows it, which takes what begins with one of these for a formula."""
+    """Write a name for a spreadsheet, which reads text that begins with one of these as a formula."""
     return f"'{name}" if name.startswith(('=', '+', '-', '@')) else name
 
 
 def numbers(ratios: np.ndarray, digits: int) -> list[str]:
-    """Means, then variances; empty for a normalizer that is not there."""
+    """Format means, then variances; a normalizer that the layer lacks is empty."""
     return ['' if np.isnan(ratio) else f'{ratio:.{digits}f}' for ratio in ratios.flat]
 
 

@@ -1,4 +1,4 @@
-"""Write a config with another norm: a small file that inherits from the one given and changes its norm layers."""
+"""Write a config with another norm: a small file that inherits from CONFIG and changes its norm layers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # what models say when they are built
+            warnings.simplefilter('ignore')  # what models warn of when they are built
             swap = plan_swap(cfg, args.to, args.parts, args.statistics, args.init_ratios)
     except (ValueError, RuntimeError) as error:
         parser.error(f'{args.config}: {error}')
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f'{args.config}: nothing to write, no norm layer changes')
     child = cfg, swap, args.config, args.to, args.parts
     with exit_on_signals(), tempfile.TemporaryDirectory(dir=None if args.dry_run else args.out.parent) as folder:
-        # as deep as the file to come, so that a relative base is right in both
+        # as deep as the final file, so that a relative base is right in both
         draft = Path(folder if args.dry_run else args.out.parent, f'.{args.out.stem[:50]}.{Path(folder).name}.py')
         try:
             draft.write_text(render_child(*child, draft.parent), encoding='utf-8')
@@ -92,7 +92,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Argument
     args.out = args.out or Path(f'{Path(args.config).stem}_{args.to.lower()}-{name_parts(args.parts)}.py')
     if args.out.suffix != '.py':
         parser.error(f'--out {args.out}: the name must end in .py')
-    for path in args.config, str(args.out):  # which stand in the new file
+    for path in args.config, str(args.out):  # they are written into the new file
         if not path.isprintable():
             parser.error(f'{ascii(path)} cannot be written into a config; rename it')
     if not args.out.parent.is_dir():

@@ -1,6 +1,6 @@
 """Evaluate a checkpoint of a config of any OpenMMLab library; the config's ``default_scope`` says which.
 
-What ``--out``, ``--show``, ``--show-dir`` and ``--tta`` do differs by library, and is what its own tool does.
+``--out``, ``--show``, ``--show-dir`` and ``--tta`` do what the library's own tool does, and so differ by library.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def draw(parser: argparse.ArgumentParser, args: argparse.Namespace, cfg: Config,
 
 
 def augment(parser: argparse.ArgumentParser, cfg: Config, scope: str) -> None:
-    """Wrap the model into the config's test-time augmentation; mmdet has a default, as in its own tool."""
+    """Wrap the model into the config's test-time augmentation; mmdet's has a default, as in mmdet's own tool."""
     dataset = cfg.test_dataloader.dataset
     while 'dataset' in dataset:
         dataset = dataset.dataset
@@ -100,7 +100,7 @@ def augment(parser: argparse.ArgumentParser, cfg: Config, scope: str) -> None:
 
 
 def flip_pipeline(pipeline: list) -> list:
-    """mmdet's test pipeline with its packing replaced by packing twice, once flipped."""
+    """Replace the packing at the end of mmdet's test pipeline: pack twice, once flipped."""
     keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction')
     flips = [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)]
     both = dict(type='TestTimeAug', transforms=[flips, [dict(type='PackDetInputs', meta_keys=keys)]])
@@ -122,7 +122,7 @@ def check_dump(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 
 
 def make_dump(path: str, scope: str):
-    """The metric that only writes predictions: mmdet's, which packs masks, or mmengine's."""
+    """Make the metric that only writes predictions: mmdet's, which packs masks, or mmengine's."""
     if scope == 'mmdet':
         from mmdet.evaluation import DumpDetResults as Dump
     else:

@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def find_checkpoints(value: object, name: str = '') -> Iterator[tuple[str, str]]:
-    """What a config wants to load: ``load_from``, and whatever it names as switchnorm://, with the settings' names."""
+    """Find what a config loads, with the names of the settings: ``load_from``, and all that is switchnorm://."""
     if isinstance(value, str) and (name == 'load_from' or value.startswith(SCHEME)):
         yield name, value
     elif isinstance(value, (dict, list, tuple)):
@@ -71,13 +71,13 @@ def find_checkpoints(value: object, name: str = '') -> Iterator[tuple[str, str]]
 
 
 def train(runner: Runner) -> None:
-    """Train with an eye on norm_cfg."""
+    """Train, and warn if a norm_cfg does not reach the whole model."""
     runner.register_hook(WarnOfOtherNorms())
     runner.train()
 
 
 class WarnOfOtherNorms(Hook):
-    """Warn where a norm_cfg of the config says SN and has not reached all norms of the model."""
+    """Warn if a norm_cfg of the config says SN, but the model has other norms too."""
 
     def before_train(self, runner: Runner) -> None:
         """Name the parts that hold other norms."""
@@ -102,11 +102,11 @@ def is_sn(norm_cfg: object) -> bool:
 
 
 def count_other_norms(runner: Runner) -> dict[str, Counter]:
-    """By the parts of the model, under their names in the config: how many norm layers of which kind could be SN."""
+    """Count, by kind, the norm layers that could be SN in each part of the model, named as in the config."""
     others = defaultdict(Counter)
     for name, m in own_modules(unwrap(runner.model)):
         kind = type(m).__name__
-        if not is_switchable(type(m)):  # SN is not, nor LayerNorm, to which no norm_cfg=dict(type='SN') fits
+        if not is_switchable(type(m)):  # SN itself, or such as LayerNorm, which norm_cfg=dict(type='SN') cannot replace
             continue
         part, config = [], runner.cfg.model
         for key in name.split('.'):
@@ -114,13 +114,13 @@ def count_other_norms(runner: Runner) -> dict[str, Counter]:
             if not isinstance(config, dict):
                 break
             part.append(key)
-        # mmengine's stand-in for SyncBatchNorm where there is one process
+        # mmengine's replacement of SyncBatchNorm if there is one process
         others['.'.join(part) or name]['SyncBatchNorm' if kind == '_BatchNormXd' else kind] += 1
     return others
 
 
 def use_amp(parser: argparse.ArgumentParser, cfg: Config) -> None:
-    """Turn the optimizer wrapper into the one for mixed precision, unless it is that already."""
+    """Turn on mixed precision in the optimizer wrapper."""
     if get_device() == 'cpu':
         parser.error('--amp needs a GPU, and none was found; leave it out to train in float32')
     kind = cfg.optim_wrapper.get('type', 'OptimWrapper')

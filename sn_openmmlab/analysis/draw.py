@@ -11,19 +11,19 @@ from matplotlib.figure import Figure
 from ..ops import NORMALIZERS
 from .read import Run, mean_ratios
 
-# Okabe and Ito's, told apart by colour-blind readers and, by their lightness, in print without colour
+# Okabe and Ito's: colour-blind readers can tell them apart, and by lightness so can readers of a print in grey.
 COLORS = dict(zip(NORMALIZERS, ('#E69F00', '#009E73', '#0072B2')))
 LINES = dict(zip(NORMALIZERS, ('-', '--', '-.')))
 TITLES = ('means', 'variances')
 
 
 def figures(runs: list[Run]) -> dict[str, Figure]:
-    """All figures that can be drawn of some runs, by name.
+    """Draw all figures that some runs allow; by name.
 
     - ``layers``: stacked bars of every layer.
     - ``parts``: stacked bars of every part's mean, run beside run.
-    - ``radar``: the same around a circle, as in figure 1a of the paper; for runs of 3 or more parts.
-    - ``course``: the parts over training, mean and quartiles of their layers; for runs with a log of the hook.
+    - ``radar``: the same around a circle, as in the paper's figure 1a; for runs with 3 or more parts.
+    - ``course``: mean and quartiles of every part's layers over training; for runs with a log of the hook.
     """
     found = dict(layers=layers(runs), parts=parts(runs))
     around = [run for run in runs if len(run.parts) >= 3]
@@ -36,7 +36,7 @@ def figures(runs: list[Run]) -> dict[str, Figure]:
 
 
 def layers(runs: list[Run]) -> Figure:
-    """Stacked bars of every layer, one column for the means and one for the variances of each run."""
+    """Draw stacked bars of every layer, with one column for the means and one for the variances of each run."""
     names: dict[str, dict[str, None]] = {}
     for run in runs:
         for part, layers in run.parts.items():
@@ -59,7 +59,7 @@ def layers(runs: list[Run]) -> Figure:
 
 
 def parts(runs: list[Run]) -> Figure:
-    """Stacked bars of the parts, means over their layers, with numbers."""
+    """Draw stacked bars of every part, with numbers: means over its layers."""
     rows = [(part, run) for part in _list_parts(runs) for run in runs if part in run.parts]
     places = np.arange(len(rows)) + 0.5 * np.cumsum(
         [i > 0 and rows[i - 1][0] != part for i, (part, _) in enumerate(rows)]
@@ -78,7 +78,7 @@ def parts(runs: list[Run]) -> Figure:
 
 
 def radar(runs: list[Run]) -> Figure:
-    """The parts of each run around a circle, a line for each normalizer: the farther out, the more it counts."""
+    """Draw the parts of each run around a circle, with a line for each normalizer; farther out is more important."""
     figure = Figure(figsize=(9, 0.4 + 4.2 * len(runs)), layout='constrained')
     polar = dict(projection='polar', theta_offset=np.pi / 2, theta_direction=-1)
     axes = figure.subplots(len(runs), 2, subplot_kw=polar, squeeze=False)
@@ -106,7 +106,7 @@ def radar(runs: list[Run]) -> Figure:
 
 
 def course(runs: list[Run]) -> Figure:
-    """Ratios over training: the mean of each part as a line, the middle half of its layers as a band."""
+    """Draw ratios over training: a part's mean as a line, the middle half of its layers as a band."""
     parts = _list_parts(runs)
     figure = Figure(figsize=(1 + 6 * len(runs), 0.9 + 1.6 * len(parts)), layout='constrained')
     axes = figure.subplots(len(parts), 2 * len(runs), sharey=True, squeeze=False)
@@ -148,7 +148,7 @@ def _make_title(runs: list[Run], run: Run, text: str) -> str:
 
 
 def _escape(name: str) -> str:
-    """A name as matplotlib writes it, which takes what stands between two dollar signs for a formula."""
+    """Escape a name for matplotlib, which reads text between two dollar signs as a formula."""
     return name.replace('$', r'\$')
 
 

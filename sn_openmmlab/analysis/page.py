@@ -1,4 +1,4 @@
-"""A page to explore importance ratios in, which needs nothing beside itself: no network, no other file."""
+"""A page for exploring importance ratios; it needs no network and no other file."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from .read import Run
 
 TEMPLATE = Path(__file__).with_name('page.html')
 DASHES = {'-': '', '--': '6 4', '-.': '8 3 2 3'}
-STEPS = 200  # more of a course cannot be seen, and would only make the file larger
+STEPS = 200  # of a course; nobody could see more, and the file would grow
 
 
 def render(runs: list[Run]) -> str:
-    """The text of the page: its template with the ratios, as JSON, in it."""
+    """Render the page: its template with the ratios in it as JSON."""
     data = dict(
         normalizers=[dict(name=name.upper(), color=color, dash=DASHES[LINES[name]]) for name, color in COLORS.items()],
         runs=[_describe_run(run) for run in runs],
     )
-    text = json.dumps(data, allow_nan=False).replace('<', '\\u003c')  # no label can end the element that it is in
+    text = json.dumps(data, allow_nan=False).replace('<', '\\u003c')  # so that no label can end its HTML element
     return TEMPLATE.read_text(encoding='utf-8').replace('/*data*/', text)
 
 

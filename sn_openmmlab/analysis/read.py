@@ -1,4 +1,4 @@
-"""Importance ratios of a trained network, read without building it."""
+"""Read the importance ratios of a trained network, without building it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ NO_SN = "it has no SN layer (norm_cfg=dict(type='SN') makes a model with some)"
 class Run:
     """Importance ratios of one trained network.
 
-    Ratios are arrays (2, 3): of the means and of the variances, for IN, LN and BN; NaN for a normalizer that the layer
-    does not have.
+    Ratios are arrays (2, 3): of the means and of the variances, for IN, LN and BN. A normalizer that the layer does not
+    have is NaN.
 
     Attributes:
         label (str): What figures call it.
         layers (dict[str, ndarray]): Ratios by layer, in the network's order.
-        course (dict[int, dict[str, ndarray]]): The same over training, by the number of iterations done; empty if
-            :class:`SNRatioHook` did not log it.
+        course (dict[int, dict[str, ndarray]]): Ratios by layer during training, by the number of iterations done; empty
+            without a log of :class:`SNRatioHook`.
     """
 
     label: str
@@ -48,7 +48,7 @@ class Run:
         return parts
 
     def select(self, pattern: str) -> Run:
-        """The layers that have the regular expression ``pattern`` in their names."""
+        """Select the layers whose names match the regular expression ``pattern`` somewhere."""
         layers = {name: ratios for name, ratios in self.layers.items() if re.search(pattern, name)}
         course = {step: {n: r for n, r in ratios.items() if n in layers} for step, ratios in self.course.items()}
         return replace(self, layers=layers, course=course)
@@ -58,10 +58,10 @@ def read_ratios(path: str | Path, label: str | None = None) -> Run:
     """Read the importance ratios of a trained network.
 
     Args:
-        path (str | Path): A checkpoint file; a work directory, of which the last checkpoint and the log of
-            :class:`SNRatioHook` are read (either is enough); or a result of ``benchmarks/accuracy`` (``.json``).
-        label (str, optional): What figures call it. Defaults to None: the name of the directory or of the ``.json``
-            file, or directory and name of the checkpoint.
+        path (str | Path): A checkpoint file; a work directory, with its last checkpoint, a log of :class:`SNRatioHook`,
+            or both; or a result of ``benchmarks/accuracy`` (``.json``).
+        label (str, optional): What figures call it. Defaults to None: the name of the work directory or ``.json`` file,
+            or directory and name of the checkpoint.
 
     Returns:
         Run: The ratios.
@@ -80,7 +80,7 @@ def read_ratios(path: str | Path, label: str | None = None) -> Run:
 
 
 def _make_run(label: str, layers: dict[str, np.ndarray], course: dict[int, dict[str, np.ndarray]] | None = None) -> Run:
-    """A run whose names can be printed, whatever the bytes of a path are, or of a file that is none of ours."""
+    """Make a run whose names can be printed, whatever a path or a foreign file holds."""
     for layer in layers:
         if not layer.isprintable():
             raise ValueError(f'it has the name {layer!r}, which cannot be printed')
@@ -89,13 +89,13 @@ def _make_run(label: str, layers: dict[str, np.ndarray], course: dict[int, dict[
 
 
 def mean_ratios(ratios: Iterable[np.ndarray]) -> np.ndarray:
-    """Mean of several layers' ratios (2, 3); a normalizer that a layer does not have counts as 0, unless none has."""
+    """Mean of several layers' ratios (2, 3). A normalizer that a layer lacks counts as 0; if all lack it, it is NaN."""
     stacked = np.stack(list(ratios))
     return np.where(np.isnan(stacked).all(0), np.nan, np.nan_to_num(stacked).mean(0))
 
 
 def _read_checkpoint(path: Path, known: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """``known`` are ratios of the same network, which tell the normalizers of its layers."""
+    """Read the ratios by layer; ``known`` are ratios of the same network, which tell the normalizers of its layers."""
     state = read_state_dict(str(path))
     suffix = '.mean_weight'
     layers = {}
@@ -112,7 +112,7 @@ def _read_checkpoint(path: Path, known: dict[str, np.ndarray]) -> dict[str, np.n
 def _compute_ratios(
     layer: str, logits: list[Tensor | None], radius: Tensor | None, has_bn: bool, known: np.ndarray | None
 ) -> np.ndarray:
-    """Softmax of the logits, or what SSN has in its place, which is the one with a radius."""
+    """Compute softmax of the logits, or sparsestmax for an SSN layer, which has a radius."""
     vectors = [values for values in logits if values is not None and values.dim() == 1]
     if len(vectors) < len(logits) or any(len(values) != len(vectors[0]) for values in vectors):
         shapes = ' and '.join('none' if values is None else str(tuple(values.shape)) for values in logits)
@@ -140,7 +140,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _fill_array(ratios: list[list[float]], places: np.ndarray | None = None) -> np.ndarray:
-    """Ratios of the normalizers at ``places`` as an array (2, 3); by default the first ones, a pair being IN and LN."""
+    """Put ratios into an array (2, 3), at ``places``; by default the first ones, since a pair is IN and LN."""
     array = np.full((2, 3), np.nan)
     array[:, slice(len(ratios[0])) if places is None else places] = ratios
     return array
@@ -161,15 +161,15 @@ def _read_work_dir(folder: Path) -> tuple[dict[str, np.ndarray], dict[int, dict[
     course: dict[int, dict[str, np.ndarray]] = {}
     for log in sorted(folder.glob(f'*/vis_data/{FILE}')):  # folders are named by date and time
         records = _read_log(log)
-        # a resumed training goes on from its checkpoint, whatever came after that before
-        start = min(records, default=float('inf'))  # of a log without a whole record yet: none goes
+        # a resumed training starts from its checkpoint: drop what was logged after that before
+        start = min(records, default=float('inf'))  # a log without a whole record drops nothing
         course = {step: ratios for step, ratios in course.items() if step < start}
         course.update(records)
     newest = course[max(course)] if course else {}
     last = folder / 'last_checkpoint'
     checkpoint = Path(last.read_text(encoding='utf-8').strip() if last.is_file() else '')
-    if checkpoint.name:  # it is empty where a disk was full
-        beside = folder / checkpoint.name  # where the whole directory was moved
+    if checkpoint.name:  # empty if the disk was full
+        beside = folder / checkpoint.name  # if the whole directory was moved
         return _read_checkpoint(beside if beside.is_file() else checkpoint, newest), course
     if not newest:
         raise ValueError(f'neither last_checkpoint nor TIMESTAMP/vis_data/{FILE} of SNRatioHook is in it')
@@ -179,7 +179,7 @@ def _read_work_dir(folder: Path) -> tuple[dict[str, np.ndarray], dict[int, dict[
 def _read_log(path: Path) -> dict[int, dict[str, np.ndarray]]:
     text = path.read_text(encoding='utf-8')
     records: dict[int, dict[str, np.ndarray]] = {}
-    for line in text[: text.rfind('\n') + 1].splitlines():  # without one that is being written
+    for line in text[: text.rfind('\n') + 1].splitlines():  # without a line that is being written
         try:
             record = json.loads(line)
             ratios: dict[str, np.ndarray] = {}

@@ -1,4 +1,4 @@
-"""Checkpoint files: read as data, and converted from the authors' and BatchNorm's names."""
+"""Read checkpoint files as data, and convert those of the authors' SN code and of BatchNorm models."""
 
 from .convert import SCHEME, Report, convert_checkpoint, load_from_switchnorm
 from .read import read_state_dict

@@ -1,7 +1,7 @@
-"""Checkpoints of the authors' SN models and of BatchNorm models, for the models of OpenMMLab with SN.
+"""Convert checkpoints of the authors' SN models, and of BatchNorm models, for models of OpenMMLab with SN.
 
-:func:`convert_checkpoint` works on dicts of tensors; ``switchnorm://PATH`` does the same wherever a config names a
-checkpoint.
+:func:`convert_checkpoint` converts a dict of tensors. Wherever a config names a checkpoint, ``switchnorm://PATH`` does
+the same.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Report:
 
     Attributes:
         source (str): Kind of the checkpoint: 'bn', 'switchnorm' or 'detectron'.
-        mapped (dict[str, str]): Each key that was taken over, and its new name.
-        skipped (dict[str, str]): Each key that was not, and why.
-        missing (list[str]): New names that a model will look for and the checkpoint has nothing for.
-        notes (list[str]): What the model has to be built with, and what looks wrong.
+        mapped (dict[str, str]): The new name of each key that was converted.
+        skipped (dict[str, str]): Why each of the other keys was not.
+        missing (list[str]): New names that a model will look for, and that the checkpoint lacks.
+        notes (list[str]): How to build the model, and what looks wrong.
     """
 
     source: str
@@ -67,31 +67,31 @@ def convert_checkpoint(
     """Rename the keys of a checkpoint, and reshape and reorder its tensors, for a model of OpenMMLab with SN.
 
     SN tensors become what :class:`~sn_openmmlab.SwitchNorm` stores: weight, bias and running statistics of shape
-    *(C,)*, the statistics in the child ``bn``, and the logits of the importance ratios as they are: in the order IN,
+    *(C,)*, the statistics in the child ``bn``. The logits of the importance ratios stay as they are, in the order IN,
     LN, BN, or IN, LN.
 
     Args:
-        state_dict (Mapping[str, Tensor]): The tensors by name; ``module.`` and ``_orig_mod.``, which wrappers of torch
-            put in front, are taken away.
-        source (str): 'switchnorm' for the authors' ImageNet ResNets and their segmentation encoder and decoder (one of
-            them, or the two in one dict), 'detectron' for their detectors, 'bn' for a model of torchvision or OpenMMLab
-            with BatchNorm, 'auto' to tell by the names. Defaults to 'auto'.
-        target (str, optional): 'mmdet', 'mmseg' or 'mmpretrain'. A backbone alone has bare names for the first two, as
+        state_dict (Mapping[str, Tensor]): The tensors by name. The prefixes of torch's wrappers, ``module.`` and
+            ``_orig_mod.``, are removed.
+        source (str): 'switchnorm' for the authors' ImageNet ResNets, and for their segmentation encoder, decoder or
+            both in one dict; 'detectron' for their detectors; 'bn' for a BatchNorm model of torchvision or OpenMMLab;
+            'auto' to tell by the names. Defaults to 'auto'.
+        target (str, optional): 'mmdet', 'mmseg' or 'mmpretrain'. A backbone alone gets bare names for the first two, as
             torchvision's, and ``backbone.`` and ``head.fc.`` for the third. Defaults to None: 'mmseg' for a decoder,
             else 'mmdet'.
         init_ratios (Sequence[float], optional): For 'bn': importance ratios of IN, LN and BN to store, with weights and
-            biases corrected for them (for the usual eps, 1e-5). Defaults to None: none are stored, and layers that load
-            it start as from any BatchNorm checkpoint.
-        prefix (str, optional): For 'bn': what to take away in front of the names, as ``encoder_q.``; names without it
-            are skipped. Defaults to None: nothing, but names that all have something in front are an error; '' leaves
-            them.
+            biases corrected for them (for the usual eps, 1e-5). Defaults to None: none are stored, and layers start as
+            from any BatchNorm checkpoint.
+        prefix (str, optional): For 'bn': a prefix to remove from the names, such as ``encoder_q.``; names without it
+            are skipped. Defaults to None: names stay, and it is an error if all have a prefix that no model has; ''
+            allows that.
 
     Returns:
         tuple[dict[str, Tensor], Report]: The new state dict, and what became of the keys.
 
     Raises:
-        ValueError: If the checkpoint is not of that kind or holds what the target cannot compute, or an argument is
-            wrong.
+        ValueError: If an argument is wrong, the checkpoint is of another kind, or the target cannot compute what it
+            holds.
     """
     state_dict = {names.strip_wrappers(key): value for key, value in state_dict.items()}
     _check_memory(state_dict)
@@ -161,7 +161,7 @@ def load_from_switchnorm(filename: str, map_location: MapLocation = None) -> dic
 
 
 def describe_data(content: object) -> dict[str, object]:
-    """What a checkpoint says of the data that it was trained on: names and colours of classes."""
+    """What a checkpoint tells of its training data: names and colours of the classes."""
     meta = content.get('meta') if isinstance(content, Mapping) else None
     meta = meta if isinstance(meta, Mapping) else {}
     return {name: meta[name] for name in ('dataset_meta', 'CLASSES', 'PALETTE') if name in meta}
@@ -198,7 +198,7 @@ def _find_target(modules: names.Modules, source: str, target: str | None) -> str
 
 
 def _refuse_foreign_names(modules: names.Modules) -> None:
-    """Of BatchNorm models all names are taken as they are, so that nobody would notice names that no model has."""
+    """Refuse a BatchNorm checkpoint with names that no model has. No rule would notice, as such names stay."""
     prefixes = [names.find_foreign_prefix(module) for module, tensors in modules.items() if 'running_mean' in tensors]
     if any(prefixes) and '' not in prefixes:
         first = next(filter(None, prefixes))
@@ -237,14 +237,14 @@ def _rename_tensor(name: str) -> str:
 
 
 def _start_from_batch_norm(tensors: dict[str, Tensor], init_ratios: Sequence[float]) -> dict[str, Tensor]:
-    """Logits, weight and bias of a layer that starts from a BatchNorm's tensors."""
+    """Compute logits, weight and bias of a layer that starts from a BatchNorm's tensors."""
     layer = SwitchNorm(tensors['running_mean'].numel(), init_ratios=init_ratios)
     mean, var = tensors['running_mean'], tensors['running_var']
     return layer.start_from(tensors.get('weight'), tensors.get('bias'), mean, var)
 
 
 def _convert_switch_norm(module: str, tensors: dict[str, Tensor], report: Report) -> dict[str, tuple[str, Tensor]]:
-    """The authors' layer, whose tensors are (1, C, 1, 1) and (1, C, 1), as ours: new names and values (C,)."""
+    """Convert a layer of the authors, with tensors (1, C, 1, 1) and (1, C, 1), to our names and values (C,)."""
     sizes = [tensors[name].numel() for name in _LOGITS if name in tensors]
     if sizes[0] not in (2, 3) or sizes[-1] != sizes[0]:
         raise ValueError(f'{module} has {sizes} logits; an SN layer has 3 (IN, LN, BN) or 2 (IN, LN) of both kinds')
@@ -264,9 +264,9 @@ def _convert_switch_norm(module: str, tensors: dict[str, Tensor], report: Report
 
 
 def _reorder_outputs(new: str, tensors: dict[str, Tensor], modules: names.Modules, report: Report) -> dict[str, Tensor]:
-    """Predictors with their outputs in mmdet's order, other tensors as they are.
+    """Put the outputs of predictors into mmdet's order; other tensors stay.
 
-    Detectron's class 0 is the background. mmdet has it last in the scores, and no boxes and masks of it.
+    Detectron's class 0 is the background. mmdet's scores have it last, and its boxes and masks do not have it.
     """
 
     def size(module: str) -> int:
@@ -276,7 +276,7 @@ def _reorder_outputs(new: str, tensors: dict[str, Tensor], modules: names.Module
     outputs = len(tensors['weight']) if 'weight' in tensors else 0
     if new.endswith('.fc_cls'):
         return {name: torch.cat([value[1:], value[:1]]) for name, value in tensors.items()}
-    if new == 'rpn_head.rpn_cls' and outputs == 2 * anchors:  # softmax of (no, yes) is the sigmoid of yes - no
+    if new == 'rpn_head.rpn_cls' and outputs == 2 * anchors:  # softmax over (no, yes) equals sigmoid of yes - no
         return {name: value[anchors:] - value[:anchors] for name, value in tensors.items()}
     for predictor, each, option in (
         ('roi_head.bbox_head.fc_reg', 4, 'bbox_head.reg_class_agnostic'),
@@ -295,7 +295,7 @@ def _reorder_outputs(new: str, tensors: dict[str, Tensor], modules: names.Module
 
 
 def _find_missing(result: dict[str, Tensor], source: str) -> list[str]:
-    """Names that the others ask for: an SN layer's all, a convolution's norm, the block before, a detector's parts."""
+    """List names that should be there: all of an SN layer, a convolution's norm, earlier blocks, a detector's parts."""
     wanted = []
     for key in result:
         layer = re.sub('mean_weight$', '', key)
@@ -344,7 +344,9 @@ def _write_notes(result: dict[str, Tensor], modules: names.Modules, source: str)
             "norm_cfg=dict(type='BN', requires_grad=False), whose statistics start at the 0 and 1 that they need"
         )
     for key, value in result.items():
-        once = value[tuple(slice(1 if step == 0 else None) for step in value.stride())]  # of an expanded tensor
+        once = value[
+            tuple(slice(1 if step == 0 else None) for step in value.stride())
+        ]  # what an expanded tensor stores
         if not once.isfinite().all():
             notes.append(f'{key} has values that are not finite')
     empty = [key for key, value in result.items() if key.endswith('bn.running_var') and not value.any()]

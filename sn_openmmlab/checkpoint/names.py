@@ -1,6 +1,6 @@
-"""How other code bases name the parts of a network, as rules that give the name in OpenMMLab.
+"""Rules that turn the names of modules in other code bases into those of OpenMMLab.
 
-A rule is a pattern of a module's whole name and its new name, a template or a function of the match.
+A rule is a pair: a pattern for the whole name of a module, and the new name as a template or a function of the match.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 Modules = Dict[str, Dict[str, Tensor]]  # tensors by name, by the name of the module that owns them
 Rules = List[Tuple[str, Union[str, Callable[[re.Match], str]]]]
 
-SKIP = 'skip: '  # starts a new name that is no name, but the reason why there is none
+SKIP = 'skip: '  # in place of a new name, followed by the reason why there is none
 DECODER = r'(?:cbr|cbr_deepsup|conv_last|conv_last_deepsup|ppm)(?:\..*)?'
 _CONV_OR_NORM = {'0': 'conv', '1': 'bn'}
 
 
 def rename(module: str, rules: Rules) -> str | None:
-    """The new name of a module by the first rule that fits, None where none does."""
+    """The new name of a module by the first rule that fits; None if none does."""
     for pattern, new in rules:
         match = re.fullmatch(pattern, module)
         if match:
@@ -29,23 +29,23 @@ def rename(module: str, rules: Rules) -> str | None:
 
 
 def has_decoder(modules: Modules) -> bool:
-    """Whether these are names of MIT CSAIL's decoders."""
+    """Whether there is a decoder with the names of MIT CSAIL's code."""
     return any(re.fullmatch(DECODER, module) for module in modules)
 
 
 def strip_wrappers(key: str) -> str:
-    """A key without what DistributedDataParallel and torch.compile put into it."""
+    """Remove from a key what DistributedDataParallel and torch.compile put into it."""
     return re.sub(r'^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.', '', key)
 
 
 def find_foreign_prefix(module: str) -> str | None:
-    """What stands in front of the name that a norm of a backbone has, None where it is no such name."""
+    """What stands before the usual name of a backbone's norm; None if the name has no usual part."""
     match = re.match(r'((?:\w+\.)*?)(?:backbone\.|bn1(?:\.|$)|layer1\.|features\.|stem\.)', module)
     return match and match[1]
 
 
 def batch_norm(modules: Modules, target: str) -> Rules:
-    """torchvision's and OpenMMLab's own names, which stay."""
+    """Rules for names of torchvision and OpenMMLab, which stay."""
     if any(module.startswith('backbone.') for module in modules):
         return [('.*', r'\g<0>')]
     prefix = 'backbone.' if target == 'mmpretrain' else ''
@@ -53,9 +53,9 @@ def batch_norm(modules: Modules, target: str) -> Rules:
 
 
 def switch_norm(modules: Modules, target: str) -> Rules:
-    """The authors' ResNets: torchvision's names with ``sn`` for ``bn``; and the decoders of their segmentation.
+    """Rules for the authors' ResNets (torchvision's names with ``sn`` for ``bn``) and segmentation decoders.
 
-    A stem may have three convolutions, as in MIT CSAIL's ResNets.
+    The stem may have three convolutions, as in MIT CSAIL's ResNets.
     """
     prefix = 'backbone.' if target == 'mmpretrain' or has_decoder(modules) else ''
 
@@ -80,7 +80,7 @@ def _classifier_rule(target: str) -> tuple[str, str]:
 
 
 def _decoder_rules(modules: Modules) -> Rules:
-    """MIT CSAIL's one convolution (C1) and pyramid pooling (PPM), with and without deep supervision."""
+    """Rules for MIT CSAIL's decoders: one convolution (C1) or pyramid pooling (PPM), deeply supervised or not."""
     last = 'bottleneck' if any(module.startswith('ppm.') for module in modules) else 'convs.0'
     return [
         (r'cbr\.([01])', lambda match: f'decode_head.convs.0.{_CONV_OR_NORM[match[1]]}'),
@@ -127,13 +127,13 @@ def _rename_stage(prefix: str) -> Callable[[re.Match], str]:
 
 
 def _rename_level(modules: Modules, new: str, first: int) -> Callable[[re.Match], str]:
-    """Of the pyramid: Detectron counts its levels from the coarsest, mmdet from the finest."""
+    """Rename a level of the pyramid: Detectron counts from the coarsest, mmdet from the finest."""
     levels = len({module.split('.')[2] for module in modules if module.startswith('Conv_Body.posthoc_modules.')})
     return lambda match: f'neck.{new}.{levels - 1 - first - int(match[1] or 0)}.{_CONV_OR_NORM[match[2] or "0"]}'
 
 
 def _rename_sequence(modules: Modules, new: str) -> Callable[[re.Match], str]:
-    """Of a sequence of convolutions, norms and ReLUs; mmcv has one ConvModule for each convolution."""
+    """Rename an entry of a sequence of convolutions, norms and ReLUs: mmcv has a ConvModule for each convolution."""
 
     def name(match: re.Match) -> str:
         prefix, number = match[1], int(match[2])
@@ -145,7 +145,7 @@ def _rename_sequence(modules: Modules, new: str) -> Callable[[re.Match], str]:
 
 
 def _check_shared_stage(modules: Modules) -> Callable[[re.Match], str]:
-    """Of the mask head's res5, which mmdet has only where it is the box head's."""
+    """Skip the mask head's res5 if it equals the box head's, which mmdet uses for both; refuse it otherwise."""
 
     def reason(match: re.Match) -> str:
         own, box = modules[match[0]], modules.get(match[0].replace('Mask_Head', 'Box_Head'), {})

@@ -1,9 +1,9 @@
-"""Checkpoints read as data, so that one of unknown origin can run no code.
+"""Read checkpoints as data, so that a file of unknown origin can run no code.
 
-mmengine's upstream release leaves the way of reading to torch's default; the onedl one allows ``getattr``, which
-reaches everything, and unpickles what it cannot read. Both save more than tensors, so that torch needs to be told what
-else is harmless. Before 2.6 torch could not be told, and its own reading of data alone could be made to run code: there
-an unpickler of this module's takes its place.
+mmengine's upstream release reads as torch does by default. The onedl release allows ``getattr``, which reaches
+everything, and unpickles what it cannot read as data. Both save more than tensors, so torch has to be told what else is
+harmless. Before 2.6 torch cannot be told, and a file could even make its ``weights_only`` reading run code. For these
+versions this module brings its own unpickler.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ NO_DATA = 'a TorchScript archive, or one of torch 0.1, which cannot be read as d
 
 
 def read_state_dict(path: str, map_location: MapLocation = None) -> dict[str, Tensor]:
-    """Read the tensors of a checkpoint file, which may be all that it holds, or its ``state_dict`` or ``model``.
+    """Read the tensors of a checkpoint file: all that it holds, or its ``state_dict`` or ``model``.
 
-    Nothing makes this run code, ``TRUST`` included.
+    This never runs code of the file, even if ``TRUST`` is set.
 
     Args:
         path (str): The file.
@@ -60,13 +60,13 @@ def read_state_dict(path: str, map_location: MapLocation = None) -> dict[str, Te
 
 
 def read_checkpoint(path: str, map_location: MapLocation = None) -> object:
-    """Read all that a checkpoint file holds; else as :func:`read_state_dict`."""
+    """Read all that a checkpoint file holds; raises as :func:`read_state_dict`."""
     try:
         with _allow_harmless():
             return load_local(path, map_location or 'cpu')
     except OSError:
         raise
-    except Exception as error:  # of many types, by the way in which a file is none of torch's
+    except Exception as error:  # its type depends on what is wrong with the file
         code = re.search(r'(?:GLOBAL|class) ([\w.]+)|(getattr\(.*?\))|(a TorchScript archive)', str(error))
         if code:
             raise ValueError(
@@ -79,7 +79,7 @@ def read_checkpoint(path: str, map_location: MapLocation = None) -> object:
 
 
 def find_state_dict(content: object) -> MutableMapping[str, Tensor]:
-    """The state dict of what :func:`read_checkpoint` returned, itself and no copy."""
+    """Find the state dict in what :func:`read_checkpoint` returned; it is not copied."""
     for name in 'state_dict', 'model':
         if isinstance(content, MutableMapping) and isinstance(content.get(name), MutableMapping):
             content = content[name]
@@ -89,7 +89,7 @@ def find_state_dict(content: object) -> MutableMapping[str, Tensor]:
         str(name) for name, value in content.items() if not isinstance(name, str) or not isinstance(value, Tensor)
     ]
     for name in content:
-        if isinstance(name, str) and not name.isprintable():  # what a terminal, a table or a figure would obey
+        if isinstance(name, str) and not name.isprintable():  # a terminal, a table or a figure would obey it
             raise ValueError(f'it has the name {name!r}, which cannot be printed')
     if others or not content:
         raise ValueError(
@@ -100,9 +100,9 @@ def find_state_dict(content: object) -> MutableMapping[str, Tensor]:
 
 
 def read_checkpoints_as_data() -> None:
-    """Make torch and mmengine run nothing of a checkpoint, wherever a config names one, unless the user trusts them.
+    """Let torch and mmengine run no code of any checkpoint that a config names, unless the user set ``TRUST``.
 
-    Before torch 2.6, which cannot be told all that is harmless, this holds for files, not for addresses.
+    Before torch 2.6 this holds for files, not for addresses.
     """
     if is_trusted():
         return
@@ -110,7 +110,7 @@ def read_checkpoints_as_data() -> None:
         os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = '1'  # whatever a call to torch.load asks for
         torch.serialization.add_safe_globals(_list_harmless())
     CheckpointLoader.register_scheme('', load_local, force=True)  # '': paths without scheme
-    if hasattr(mmengine_checkpoint, '_safe_torch_load'):  # onedl's, of the other schemes, would allow getattr
+    if hasattr(mmengine_checkpoint, '_safe_torch_load'):  # onedl's, for other schemes; it would allow getattr
         mmengine_checkpoint._safe_torch_load = load_local
     if not hasattr(CheckpointLoader.load_checkpoint, '__wrapped__'):
         CheckpointLoader.load_checkpoint = classmethod(_drop_config(CheckpointLoader.load_checkpoint.__func__))
@@ -135,9 +135,9 @@ def load_local(file: str | IO[bytes], map_location: MapLocation = None) -> Any:
 
 @contextlib.contextmanager
 def _use_own_unpickler(file: str | IO[bytes]) -> Iterator[None]:
-    """Within it torch reads data by the unpickler below; not as ``pickle_module``, which torch 1.13 ignores."""
+    """Let torch read data by the unpickler below. torch 1.13 would ignore it as ``pickle_module``."""
     with open(file, 'rb') if isinstance(file, str) else contextlib.nullcontext(file) as opened:
-        if _is_archive(opened):  # which torch reads in other ways
+        if _is_archive(opened):  # torch reads these in other ways
             raise pickle.UnpicklingError(NO_DATA)
     serialization: Any = torch.serialization
     theirs = serialization._weights_only_unpickler
@@ -161,7 +161,7 @@ def _is_archive(opened: IO[bytes]) -> bool:
 
 
 def _drop_config(load: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a loader leave out the text of a config in Python, which Runner.resume would run to compare GPU numbers."""
+    """Make a loader drop the config in a checkpoint: Runner.resume would run this text to compare numbers of GPUs."""
 
     @functools.wraps(load)
     def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
@@ -174,12 +174,12 @@ def _drop_config(load: Callable[..., Any]) -> Callable[..., Any]:
     return load_checkpoint
 
 
-# What torch knows by itself from 2.6 on
+# What torch allows by itself from 2.6 on.
 _KNOWN_LATER = {'_codecs.encode': codecs.encode, 'builtins.set': set, 'collections.Counter': Counter}
 
 
 class _Unpickler(pickle._Unpickler):
-    """An unpickler, in Python as torch's own, that knows nothing but data."""
+    """An unpickler that makes nothing but data; in Python, as torch's own is."""
 
     stack: list[Any]
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
@@ -204,7 +204,7 @@ def _load(*args: Any, **kwargs: Any) -> object:
 
 
 def _allow_harmless() -> AbstractContextManager:
-    """Within it torch reads what is harmless. What was allowed for good stays so, which torch itself would forget."""
+    """Let torch read what is harmless, without what it knows already, as ``safe_globals`` would forget that."""
     if VERSION < (2, 6):
         return contextlib.nullcontext()
     known = torch.serialization.get_safe_globals()
@@ -216,7 +216,7 @@ def _list_harmless() -> list:
 
 
 def method(owner: object, name: str) -> object:
-    """In place of ``getattr``, by which functions inside a class are named: only those that mmengine saves."""
+    """Replace ``getattr``, by which files name functions inside a class: allow only those that mmengine saves."""
     functions = {
         HistoryBuffer: ('min', 'max', 'current', 'mean'),
         OneCycleParamScheduler: ('_annealing_cos', '_annealing_linear'),
@@ -227,7 +227,7 @@ def method(owner: object, name: str) -> object:
 
 
 class Dtype:
-    """In place of ``numpy.dtype``, whose state, in a file, can make pointers of bytes: numbers and text only."""
+    """Replaces ``numpy.dtype``, whose state in a file can turn bytes into pointers: allows numbers and text only."""
 
     def __init__(self, code: str, align: bool = False, copy: bool = False) -> None:
         if not re.fullmatch(r'[?biufcSU]\d*', str(code)):
@@ -235,12 +235,12 @@ class Dtype:
         self.numpy = np.dtype(str(code))
 
     def __setstate__(self, state: tuple) -> None:
-        """Take the order of bytes, the only thing that the code does not tell."""
+        """Take the order of bytes, the only part of the state that the code does not tell."""
         self.numpy = self.numpy.newbyteorder(state[1])
 
 
 class Array(np.ndarray):
-    """In place of ``numpy.ndarray``, which takes any bytes for an array of objects. Saved again, it is an ndarray."""
+    """Replaces ``numpy.ndarray``, which would read any bytes as objects. Saved again, it is an ndarray."""
 
     def __new__(cls) -> Array:
         return super().__new__(cls, (0,))
@@ -257,23 +257,23 @@ class Array(np.ndarray):
 
 
 def array(*_: object) -> Array:
-    """In place of numpy's ``_reconstruct``, after which the state comes."""
+    """Replace numpy's ``_reconstruct``; the state follows."""
     return Array()
 
 
 def scalar(dtype: Dtype, data: bytes) -> np.generic:
-    """In place of numpy's."""
+    """Replace numpy's ``scalar``."""
     return np.frombuffer(data, dtype.numpy)[0]
 
 
 def empty_bytes() -> bytes:
-    """In place of ``bytes``, which old formats name for bytes without length."""
+    """Replace ``bytes``, which old formats call for empty bytes."""
     return b''
 
 
-# All that a checkpoint may name beside torch's own, and what stands for it: what mmengine's schedulers, optimizer
-# wrappers, hooks and message hub save, and the command line that other libraries keep. Nothing here does more than to
-# hold data, whatever it is called with, since a file may call it with anything.
+# What a checkpoint may name besides what torch allows, and what replaces it: what mmengine's schedulers, optimizer
+# wrappers, hooks and message hub save, and the command line that other libraries keep. A file may call these with any
+# arguments, so each of them only holds data.
 HARMLESS = {
     'argparse.Namespace': Namespace,
     'builtins.bytes': empty_bytes,

@@ -1,4 +1,4 @@
-"""Built models: their norms to SN and back, and folded into convolutions."""
+"""Change built models: their norms to SN and back, and fold norms into convolutions."""
 
 from .fold import fold_batch_norm
 from .layers import convert_switch_norm

@@ -1,4 +1,4 @@
-"""What is BatchNorm folded into the convolutions before it, for evaluation."""
+"""Fold SN layers that compute BatchNorm into the convolutions before them, for evaluation."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _Conv = Union[nn.Conv1d, nn.Conv2d, nn.Conv3d]
 
 @torch.no_grad()
 def fold_batch_norm(model: nn.Module, *args: Any, **kwargs: Any) -> int:
-    r"""Fold every SN layer whose importance is all on BN, in means and variances, into the convolution before it.
+    r"""Fold every SN layer with all importance on BN, in means and variances, into the convolution before it.
 
-    In evaluation mode such a layer is a map of each channel by itself,
-    :math:`y = \gamma_c (x - \mu_c) / \sqrt{\sigma_c^2 + \epsilon} + \beta_c` with BN's running moments, which the
-    convolution takes into its weight and bias (:func:`torch.nn.utils.fusion.fuse_conv_bn_eval`); an ``nn.Identity``
-    stays in the layer's place. Which convolution that is a forward pass tells. Layers that do not take the plain output
-    of an ``nn.Conv1d``, ``2d`` or ``3d`` which works for them alone become BatchNorm, as by
-    :func:`convert_switch_norm`. All other layers stay, BatchNorms too (mmcv's ``fuse_conv_bn`` folds these). The model
-    is changed in place, and is for evaluation only from then on.
+    In evaluation mode such a layer is an affine map of each channel,
+    :math:`y = \gamma_c (x - \mu_c) / \sqrt{\sigma_c^2 + \epsilon} + \beta_c` with BN's running moments. The convolution
+    takes it into its weight and bias (:func:`torch.nn.utils.fusion.fuse_conv_bn_eval`), and an ``nn.Identity`` replaces
+    the layer. A forward pass finds the convolution: an ``nn.Conv1d``, ``2d`` or ``3d`` whose output goes, unchanged, to
+    this layer only. Layers without one become BatchNorm, as by :func:`convert_switch_norm`. All other layers stay,
+    BatchNorms too (mmcv's ``fuse_conv_bn`` folds these). The model is changed in place, and is for evaluation only from
+    then on.
 
     Args:
         model (nn.Module): The model, in evaluation mode.
@@ -64,7 +64,7 @@ def fold_batch_norm(model: nn.Module, *args: Any, **kwargs: Any) -> int:
 def _find_convs_before(
     model: nn.Module, layers: Sequence[SwitchNorm], args: tuple, kwargs: dict[str, Any]
 ) -> dict[SwitchNorm, _Conv]:
-    """Layers, and the convolution whose every output goes, as it is, to this layer and is all that the layer gets."""
+    """For each layer the convolution whose every output goes, unchanged, to this layer as its only input."""
     calls: Counter[_Conv] = Counter()
     sources: defaultdict[SwitchNorm, list[_Conv | None]] = defaultdict(list)
     last: Tensor | None = None
@@ -80,7 +80,7 @@ def _find_convs_before(
         unchanged = inputs[0] is last and inputs[0]._version == version  # not so after ReLU(inplace=True)
         sources[layer].append(conv_of_last if unchanged else None)
 
-    # exact types: those derived may do more to their weight
+    # exact types: derived ones may change their weight first
     plain = [m for m in model.modules() if type(m) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)]
     hooks = [conv.register_forward_hook(after_conv) for conv in plain]
     hooks += [layer.register_forward_pre_hook(before_layer) for layer in layers]

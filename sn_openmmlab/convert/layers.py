@@ -1,6 +1,6 @@
-"""Norm layers of a built model to Switchable Normalization, and back to BatchNorm.
+"""Convert the norm layers of a built model to Switchable Normalization, and back to BatchNorm.
 
-Weights, shifts and running statistics stay; only the kind of layer changes.
+Weights, biases and running statistics stay; only the kind of layer changes.
 """
 
 from __future__ import annotations
@@ -33,39 +33,39 @@ def convert_switch_norm(
 ) -> nn.Module:
     r"""Replace every BatchNorm, SyncBatchNorm, GroupNorm and InstanceNorm of a model by Switchable Normalization.
 
-    Names of modules stay, and ``weight`` and ``bias`` remain the same parameters, so that an optimizer of the old model
-    holds them still (the new ``mean_weight`` and ``var_weight`` it does not know). BatchNorm's running statistics,
-    ``momentum`` and training mode go to the child ``bn``; GroupNorm and InstanceNorm have no statistics of the batch,
-    and the child starts at mean 0 and variance 1.
+    Modules keep their names. ``weight`` and ``bias`` remain the same parameters, so an optimizer of the old model still
+    holds them; it does not know the new ``mean_weight`` and ``var_weight``. BatchNorm's running statistics,
+    ``momentum`` and training mode go to the child ``bn``. GroupNorm and InstanceNorm have no batch statistics, so their
+    child starts at mean 0 and variance 1.
 
-    What was BatchNorm starts near it, and the model answers as it did before: importance ratios of (0.001, 0.001,
-    0.998), and weight and bias corrected for the rest (:func:`~sn_openmmlab.layers.state_dict.correct_for_blend`). With
-    ``init_ratios=(0, 0, 1)`` it computes exactly what it did, in training and in evaluation mode, and the ratios do not
-    learn. GroupNorm and InstanceNorm start at equal ratios.
+    What was BatchNorm starts near it, so that the model answers as before: at importance ratios of (0.001, 0.001,
+    0.998), with weight and bias corrected for the rest (:func:`~sn_openmmlab.layers.start.correct_for_blend`). With
+    ``init_ratios=(0, 0, 1)`` it computes exactly what it did, in training and evaluation mode, and the ratios do not
+    learn. What was GroupNorm or InstanceNorm starts at equal ratios.
 
-    Layers that the model has already as SN, LayerNorms, and all else are left alone. What was BatchNorm1d and
-    BatchNorm3d becomes ``SN1d`` and ``SN3d``; everything else ``SN``, which takes any number of dimensions. timm's
-    norms with an activation (``BatchNormAct2d``) keep it, as a hook that follows the new layer. A layer with a weight
-    and no bias gets one that is 0 and does not learn.
+    SN layers, LayerNorms and all other modules are left alone. BatchNorm1d and BatchNorm3d become ``SN1d`` and
+    ``SN3d``; everything else becomes ``SN``, which takes any number of dimensions. timm's norms with an activation
+    (``BatchNormAct2d``) keep it, in a hook of the new layer. A layer with a weight and no bias gets a bias that is 0
+    and does not learn.
 
     Args:
         model (nn.Module): The model; mmcv's ``SyncBatchNorm`` (``MMSyncBN``) counts as SyncBatchNorm.
-        to (str): 'SN'; 'SyncSN' for batch statistics of all processes, which 'SN' does not keep for what was
-            SyncBatchNorm; 'SSN', which ends in one normalizer; or 'BN', which turns SN layers back into BatchNorm2d
-            (SN1d and SN3d into BatchNorm1d and 3d, those with synchronised statistics into SyncBatchNorm) where all
-            importance is on BN. Defaults to 'SN'.
-        init_ratios (Sequence[float], optional): Importance ratios of IN, LN and BN to start from, everywhere. Defaults
-            to None, near BN for what was BatchNorm, else equal ones.
+        to (str): 'SN', whose batch statistics are those of one process, also for what was SyncBatchNorm; 'SyncSN', with
+            those of all processes; 'SSN', which ends in one normalizer; or 'BN', which turns SN layers with all
+            importance on BN back into BatchNorm2d (SN1d and SN3d into BatchNorm1d and 3d, those with synchronised
+            statistics into SyncBatchNorm). Defaults to 'SN'.
+        init_ratios (Sequence[float], optional): Importance ratios of IN, LN and BN that all new layers start from.
+            Defaults to None: near BN for what was BatchNorm, equal ones for the others.
         inplace (bool): Whether to change ``model`` itself; otherwise a deep copy is changed. Defaults to True.
         correction (bool): Whether weight and bias of what was BatchNorm are corrected, in place. Defaults to True.
 
     Returns:
-        nn.Module: The converted model, which is a new object also in place where ``model`` is itself a norm layer.
+        nn.Module: The converted model. If ``model`` itself is a norm layer, this is a new object, also in place.
 
     Raises:
-        ValueError: If an argument is wrong, a BatchNorm has no running statistics or an InstanceNorm has some, a layer
-            is of a class that does more than to normalize (a ``forward`` of its own, or children), or, to 'BN', an
-            importance ratio is not one-hot on BN; the message names the layers, and the model is unchanged.
+        ValueError: If an argument is wrong; if a BatchNorm has no running statistics, or an InstanceNorm has some; if a
+            layer does more than to normalize (its class has a ``forward`` of its own, or children); or, to 'BN', if
+            the ratios of a layer are not one-hot on BN. The message names the layers, and the model is unchanged.
 
     Examples:
         >>> from torch import nn
@@ -91,10 +91,10 @@ def convert_switch_norm(
     if to == 'BN':
         new = {layer: make_batch_norm(layer) for layer in _find_switch_norms(model).values()}
     else:
-        like = next(model.parameters(), torch.empty(0))  # for layers that hold nothing
+        like = next(model.parameters(), torch.empty(0))  # dtype and device for layers without tensors
         args = dict(init_ratios=init_ratios, correction=correction)
         new = layers = {layer: _make_switch_norm(layer, to, args, like) for layer in _find_other_norms(model).values()}
-        for old, layer in layers.items():  # now that none was refused: this changes weights of the model
+        for old, layer in layers.items():  # after all checks, as this changes weights of the model
             if _is_batch_norm(old):
                 start = layer.start_from(layer.weight, layer.bias, layer.bn.running_mean, layer.bn.running_var, new)
                 for name, value in start.items():
@@ -105,20 +105,20 @@ def convert_switch_norm(
 
 
 def replace(model: nn.Module, new: Mapping[Any, nn.Module]) -> None:
-    """Put new modules in the places of old ones, in all of them where a module has several."""
+    """Replace modules by new ones, in all places that a module has in the model."""
     for module in list(model.modules()):
-        for name, child in list(module._modules.items()):  # named_children() leaves out second names of a child
+        for name, child in list(module._modules.items()):  # named_children() leaves out the second name of a child
             if child is not None and child in new:
                 setattr(module, name, new[child])
 
 
 def _find_switch_norms(model: nn.Module) -> dict[str, SwitchNorm]:
-    """The SN layers by name, each once."""
+    """Find the SN layers by name, each once."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, SwitchNorm)}
 
 
 def _find_other_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers by name, each once, that SN can stand in place of; not the statistics inside SN layers."""
+    """Find the layers by name, each once, that SN can replace; without the children of SN layers."""
     return {name: layer for name, layer in own_modules(model) if is_switchable(type(layer))}
 
 
@@ -163,8 +163,8 @@ def _check_convertible(found: dict[str, nn.Module]) -> None:
 
 
 def _only_normalizes(layer: nn.Module) -> bool:
-    """Whether all that a layer does is its base's, as far as a class can tell."""
-    if _is_of_timm(layer, 'GroupNorm', 'GroupNorm1'):  # with a kernel of its own
+    """Whether a layer does nothing but normalize, as far as its class can tell."""
+    if _is_of_timm(layer, 'GroupNorm', 'GroupNorm1'):  # which only has a kernel of its own
         return True
     bases: list[Any] = [_BatchNorm, nn.SyncBatchNorm, _InstanceNorm, nn.GroupNorm]
     bases += filter(is_mmcv_sync_bn, type(layer).__mro__)
@@ -172,7 +172,7 @@ def _only_normalizes(layer: nn.Module) -> bool:
 
 
 def _has_activation(layer: nn.Module) -> bool:
-    """Whether a layer is a norm of timm's that drops and activates afterwards, or was converted from one."""
+    """Whether a layer is a norm of timm's with dropout and activation, or was converted from one."""
     return _activate in layer._forward_hooks.values() or _is_of_timm(
         layer, 'BatchNormAct2d', 'SyncBatchNormAct', 'GroupNormAct', 'GroupNorm1Act'
     )
@@ -183,7 +183,7 @@ def _is_of_timm(layer: nn.Module, *names: str) -> bool:
 
 
 def keep_activation(old: nn.Module, new: _Layer) -> _Layer:
-    """``new``, after which comes what comes after ``old``."""
+    """Let dropout and activation that follow ``old``, if any, follow ``new``; return ``new``."""
     if _has_activation(old):
         new.drop, new.act = old.drop, old.act
         new.register_forward_hook(_activate)
@@ -212,7 +212,7 @@ def _format_ratios(layer: SwitchNorm) -> str:
 
 
 def _make_switch_norm(old: Any, to: str, args: dict[str, Any], like: torch.Tensor) -> SwitchNorm:
-    """An SN layer with the weight, shift, statistics and mode of ``old``."""
+    """Make an SN layer with the weight, bias, statistics and mode of ``old``."""
     cls: type[SwitchNorm] = SwitchNorm
     if to != 'SN':
         cls = SyncSN if to == 'SyncSN' else SparseSwitchNorm
@@ -234,7 +234,7 @@ def _make_switch_norm(old: Any, to: str, args: dict[str, Any], like: torch.Tenso
 
 
 def make_batch_norm(old: SwitchNorm) -> _BatchNorm:
-    """The BatchNorm that an SN layer with all importance on BN is."""
+    """Make the BatchNorm that computes what an SN layer with all importance on BN computes."""
     bn = old._find_statistics()
     synced = old.group_size != 1 if isinstance(old, SyncSN) else is_synchronised(bn)
     cls: type[nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm] = nn.BatchNorm2d
@@ -253,7 +253,7 @@ def make_batch_norm(old: SwitchNorm) -> _BatchNorm:
 
 
 def _get_bias(old: Any) -> nn.Parameter:
-    """The bias of a layer, or one that does nothing for one with bias=False."""
+    """The bias of a layer; for one with bias=False, a bias that is 0 and does not learn."""
     return nn.Parameter(torch.zeros_like(old.weight), requires_grad=False) if old.bias is None else old.bias
 
 

@@ -1,4 +1,4 @@
-"""Batch average in a training: evaluation by statistics that are estimated anew."""
+"""Batch average during training: evaluate with statistics that are estimated again."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from ..running_statistics import average_runner_statistics, check_num_batches, s
 class SNBatchAverageHook(Hook):
     """Evaluate with batch averages in place of moving averages (Luo et al., ICLR 2019, section 3.1).
 
-    :func:`~sn_openmmlab.average_statistics` says what is averaged. The batches are those that a train dataloader of the
-    hook's own gives first: the dataset as training has it by then, and a sampler and workers of its own, so that the
-    training goes on as it does without the hook. It goes through them in the precision of the weights, also where the
-    training uses mixed precision.
+    :func:`~sn_openmmlab.average_statistics` says what is averaged. The hook builds a train dataloader of its own and
+    takes the first batches: of the dataset as training has it by then, with another sampler and other workers. So the
+    training goes on as without the hook. Batches pass in the precision of the weights, also if the training uses mixed
+    precision.
 
     Args:
         num_batches (int): Number of training batches, in each process, to take the statistics of.
-        when (str): 'val' or 'test': validation or test takes the averaged statistics, those of an EMA model if there is
-            one, and the moving ones are back before any checkpoint is saved. 'epoch': the averaged statistics replace
-            the moving ones at the end of each training epoch, and get into checkpoints. Defaults to 'val'.
+        when (str): With 'val' or 'test', validation or test uses the averaged statistics (of the EMA model, if there is
+            one), and the moving ones are back before a checkpoint is saved. With 'epoch', the averaged statistics
+            replace the moving ones at the end of each training epoch, and get into checkpoints. Defaults to 'val'.
 
     Raises:
         ValueError: If an argument is wrong, ``num_batches`` is more than an epoch, the model has no SN or BN layer, or
             ``when='epoch'`` meets a training without epochs.
-        TypeError: If the runner's ``train_dataloader`` is no config, which the hook could build its own from.
+        TypeError: If the runner's ``train_dataloader`` is no config from which the hook could build its own.
 
     Examples:
         >>> import sn_openmmlab
         >>> custom_hooks = [dict(type='SNBatchAverageHook', num_batches=200, when='val')]
     """
 
-    # Averaging waits for the first iteration, and so for all that precedes evaluation, such as EMAHook's swap; with
-    # this priority it is undone before EMAHook swaps back, and before CheckpointHook saves.
+    # Averaging waits for the first iteration of an evaluation, when EMAHook has swapped its weights in. This priority
+    # undoes it before EMAHook swaps back and CheckpointHook saves.
     priority = 'ABOVE_NORMAL'
 
     def __init__(self, num_batches: int, when: str = 'val') -> None:
@@ -53,7 +53,7 @@ class SNBatchAverageHook(Hook):
         self._moving: list[tuple[Tensor, Tensor]] = []
 
     def before_run(self, runner: Runner) -> None:
-        """Refuse a model that has no statistics; let no evaluation leave its own behind, however it ends."""
+        """Refuse a model without statistics; restore the moving averages after every evaluation, also a failed one."""
         statistics_layers(runner.model)
         for loop in runner._val_loop, runner._test_loop:
             if isinstance(loop, BaseLoop):
@@ -99,7 +99,7 @@ class SNBatchAverageHook(Hook):
         self._moving = moving
 
     def _put_back_after(self, run: Callable[..., object]) -> Callable[..., object]:
-        """``run``, and the moving averages after it: no hook is called where it fails or is interrupted."""
+        """Make ``run`` restore the moving averages, also if it fails or is interrupted, when no hook is called."""
 
         @functools.wraps(run)
         def wrapper(*args: object, **kwargs: object) -> object:

@@ -1,4 +1,4 @@
-"""The importance ratios of all SN layers, logged while they are learned."""
+"""Log the importance ratios of all SN layers during training."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ KINDS = ('mean', 'var')
 class SNRatioHook(Hook):
     r"""Log the importance ratios of every SN layer, and their mean in each part of the model.
 
-    They go to the runner's visualizer, so that all of its backends get them (TensorBoard, WandB, local files, ...):
-    before training, at every interval, and after training. The step is the number of iterations done. Names are
+    They go to the runner's visualizer, and so to all of its backends (TensorBoard, WandB, local files, ...): before
+    training, at every interval, and after training. The step is the number of iterations done. Names are
 
     - ``sn_parts/PART/KIND_NORMALIZER``, the mean over the layers of a part: ``sn_parts/backbone/mean_in``;
     - ``sn_PART/LAYER/KIND_NORMALIZER``: ``sn_box_head/roi_head.bbox_head.shared_convs.0.bn/var_ln``;
@@ -32,12 +32,13 @@ class SNRatioHook(Hook):
     have is not logged, and counts as 0 in the mean of its part.
 
     Args:
-        interval (int): Epochs or iterations from one record to the next. Defaults to 1.
-        by_epoch (bool): Whether ``interval`` counts epochs; False for training loops by iterations. Defaults to True.
+        interval (int): Number of epochs or iterations between two records. Defaults to 1.
+        by_epoch (bool): Whether ``interval`` counts epochs; must be False in a training loop by iterations. Defaults to
+            True.
 
     Raises:
-        ValueError: If ``interval`` is below 1; and when training starts, if the model has no SN layer, or ``by_epoch``
-            is True in a training loop by iterations.
+        ValueError: If ``interval`` is below 1. When training starts: if the model has no SN layer, or ``by_epoch`` is
+            True in a training loop by iterations.
 
     Examples:
         >>> custom_hooks = [dict(type='SNRatioHook', interval=500, by_epoch=False)]
@@ -51,7 +52,7 @@ class SNRatioHook(Hook):
         self._logged: int | None = None
 
     def before_train(self, runner: Runner) -> None:
-        """Refuse what could not be logged, and log the ratios that training starts from."""
+        """Refuse a model or training loop that cannot be logged, and log the ratios at the start."""
         if not _find_layers(runner.model):
             raise ValueError(
                 f'SNRatioHook: {type(unwrap(runner.model)).__name__} has no SN layer, and so no importance ratios. '
@@ -78,7 +79,7 @@ class SNRatioHook(Hook):
             self._log(runner, runner.iter)
 
     def after_train(self, runner: Runner) -> None:
-        """Log what was learned, if it is not logged yet."""
+        """Log the final ratios, unless they are logged already."""
         if self._logged != runner.iter:
             self._log(runner, runner.iter)
 

@@ -1,4 +1,4 @@
-"""The radius of SSN layers, which makes them choose in the course of a training."""
+"""Let the radius of SSN layers grow during training, so that they choose a normalizer."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class SSNRadiusHook(Hook):
         \rho(t) = \min(1, \max(0, (t / T - \text{begin}) / (\text{end} - \text{begin})))
 
     at iteration :math:`t` of :math:`T`, linearly as in *SSN* (Shao et al., CVPR 2019). It depends on the iteration
-    only, so that a resumed training goes on with it. Layers whose logits are frozen (``frozen_stages``,
-    ``requires_grad=False``) keep their radius, and compute what they did.
+    only, so a resumed training continues it. Layers with frozen logits (``frozen_stages``, ``requires_grad=False``)
+    keep their radius and compute what they did.
 
     Args:
         begin (float): Fraction of the training after which the radius leaves 0. Defaults to 0.0.
-        end (float): Fraction of the training after which it is 1. What remains trains the network that is going to be
-            used, and its statistics. Defaults to 0.8, this project's choice.
+        end (float): Fraction of the training after which it is 1. The rest of the training adapts weights and
+            statistics to the chosen normalizers. Defaults to 0.8, this project's choice.
 
     Raises:
         ValueError: If an argument is wrong, or the model has no SSN layer that learns.
@@ -51,7 +51,7 @@ class SSNRadiusHook(Hook):
         self.end = end
 
     def before_train(self, runner: Runner) -> None:
-        """Find the layers."""
+        """Find the layers that learn their ratios, and set their radius."""
         found = [m for m in unwrap(runner.model).modules() if isinstance(m, SparseSwitchNorm)]
         self._layers = [m for m in found if m.mean_weight.requires_grad or m.var_weight.requires_grad]
         if not self._layers:
@@ -68,7 +68,7 @@ class SSNRadiusHook(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: dict | None = None
     ) -> None:
-        """Set the radius of the next iteration, and of a checkpoint or validation between."""
+        """Set the radius for the next iteration; a checkpoint or validation before it has this radius too."""
         self._set_radius((runner.iter + 1) / runner.max_iters)
 
     def _set_radius(self, progress: float) -> None:

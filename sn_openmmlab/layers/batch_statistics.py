@@ -1,8 +1,9 @@
-"""The child ``bn`` of an SN layer, and what it tells the layer: as a BatchNorm is told things by third parties.
+"""The child ``bn`` of an SN layer: it holds the batch statistics, and third parties treat it as any BatchNorm.
 
-Nothing but this is read of it, whatever class has taken its place: the buffers ``running_mean``, ``running_var`` and
-``num_batches_tracked``; ``training``, ``track_running_stats``, ``momentum`` and ``eps``; the process group of a
-synchronised one; and hooks, which run around the layer's own computation. Its ``forward`` is never called.
+A third party may put another class in its place. The layer therefore reads only: the buffers ``running_mean``,
+``running_var`` and ``num_batches_tracked``; ``training``, ``track_running_stats``, ``momentum`` and ``eps``; the
+process group, if it is synchronised; and its hooks, which run around the layer's own computation. Its ``forward`` is
+never called.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from torch import Tensor, nn
 class BatchNorm2d(nn.BatchNorm2d):
     """A BatchNorm that holds an SN layer's batch statistics, and no parameters of its own.
 
-    What loops over the BatchNorms of a model do to ``weight`` and ``bias`` they do to the layer's: filling them,
-    assigning new ones, and freezing them, which freezes the logits of the importance ratios with the weight. Both share
-    memory with the layer's, but are no parameters, so that no optimizer gets these twice.
+    Its ``weight`` and ``bias`` stand for the layer's. Code that loops over the BatchNorms of a model can fill them,
+    replace them or freeze them, and the layer's change. Freezing the weight also freezes the logits of the importance
+    ratios. Both share memory with the layer's but are no parameters, so that no optimizer gets these twice.
     """
 
     def belong_to(self, layer: nn.Module) -> None:
-        """Take a layer's weight and bias for one's own."""
-        self.__dict__['_layer'] = weakref.ref(layer)  # a strong one would keep models in memory until a collection
+        """Take a layer's weight and bias as own ones."""
+        self.__dict__['_layer'] = weakref.ref(layer)  # a strong reference would keep dead models in memory
 
     @property
     def weight(self) -> Tensor | None:  # type: ignore[override]  # torch annotates an attribute
@@ -55,7 +56,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     def _owner(self) -> Any:
         """The SN layer that this belongs to."""
         layer = self.__dict__.get('_layer', lambda: None)()
-        if layer is None:  # torch then finds None, the parameters of a BatchNorm without any
+        if layer is None:  # torch then looks up the parameter, which is None
             raise AttributeError('this BatchNorm2d belongs to no SwitchNorm')
         return layer
 
@@ -64,7 +65,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class _Shared(Tensor):
-    """The memory of a parameter, and the ``requires_grad`` of it and others."""
+    """The memory of a parameter. Setting ``requires_grad`` sets it for this parameter and others."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch's Parameter
 
@@ -85,7 +86,7 @@ class _Shared(Tensor):
 
 
 def _share(parameter: nn.Parameter | None, *others: nn.Parameter) -> Tensor | None:
-    if type(parameter) is not nn.Parameter:  # None; or a DTensor, whose memory no other tensor can have
+    if type(parameter) is not nn.Parameter:  # None; or a DTensor, whose memory cannot be shared
         return parameter
     shared = Tensor._make_subclass(_Shared, parameter.detach())
     shared._parameters = parameter, *others
@@ -93,7 +94,7 @@ def _share(parameter: nn.Parameter | None, *others: nn.Parameter) -> Tensor | No
 
 
 def find_holder(bn: nn.Module) -> Any:
-    """The module that has the running statistics: ``bn`` itself, or what wrappers such as FSDP's have inside."""
+    """Find the module with the running statistics: ``bn`` itself, or the one that a wrapper such as FSDP's holds."""
     if 'running_mean' in bn._buffers:
         return bn
     for module in bn.modules():
@@ -106,8 +107,8 @@ def find_holder(bn: nn.Module) -> Any:
 
 
 def read_statistics(bn: Any) -> dict[str, Any]:
-    """Arguments of :func:`.switch_norm`; ``group`` remains to be found where ``training``."""
-    # FrozenBatchNorm2d of torchvision, detectron2 and timm are in training mode with the model, but have no momentum
+    """Read the arguments of :func:`.switch_norm` that ``bn`` determines, all but ``eps`` and ``group``."""
+    # FrozenBatchNorm2d of torchvision, detectron2 and timm follow the training mode of the model, but have no momentum
     training = bn.training and hasattr(bn, 'momentum')
     moved = not training or bn.track_running_stats
     buffers = bn._buffers
@@ -121,23 +122,23 @@ def read_statistics(bn: Any) -> dict[str, Any]:
 
 
 def get_group(bn: nn.Module) -> torch.distributed.ProcessGroup | None:
-    """The process group that a synchronised BatchNorm was made for; None where it is all processes, or none was."""
+    """The process group that ``bn`` synchronises over; None for all processes, and if it does not synchronise."""
     return getattr(bn, 'process_group', None)
 
 
 def is_synchronised(bn: nn.Module) -> bool:
-    """Whether ``bn`` has become torch's SyncBatchNorm (which has a ``process_group``) or mmcv's (``group``)."""
+    """Whether ``bn`` has become a SyncBatchNorm: torch's has a ``process_group``, and mmcv's a ``group``."""
     return hasattr(bn, 'process_group') or hasattr(bn, 'group')
 
 
 def has_hooks(bn: nn.Module) -> bool:
-    """Whether somebody waits for ``bn`` to be called."""
+    """Whether a hook waits for ``bn`` to be called."""
     backward_pre_hooks = getattr(bn, '_backward_pre_hooks', None)  # from torch 2 on
     return bool(bn._forward_pre_hooks or bn._forward_hooks or bn._backward_hooks or backward_pre_hooks)
 
 
 def call_with_hooks(bn: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
-    """Call ``bn``, with its hooks, and ``forward`` in place of its own."""
+    """Call ``bn`` with its hooks, but with another ``forward``."""
     before = bn.__dict__.get('forward')
     bn.__dict__['forward'] = forward
     try:

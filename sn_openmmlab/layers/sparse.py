@@ -18,26 +18,26 @@ from .switch_norm import SwitchNorm
 
 @MODELS.register_module('SSN')
 class SparseSwitchNorm(SwitchNorm):
-    r""":class:`SwitchNorm` whose importance ratios become one-hot in the course of the training.
+    r""":class:`SwitchNorm` whose importance ratios become one-hot during training.
 
     .. math::
         w = \mathrm{sparsestmax}(\text{mean\_weight}; \rho), \quad w' = \mathrm{sparsestmax}(\text{var\_weight}; \rho)
 
     in place of softmax (*SSN: Learning Sparse Switchable Normalization via SparsestMax*, Shao et al., CVPR 2019; see
     :func:`sn_openmmlab.ops.sparsestmax`). The buffer ``radius``, :math:`\rho`, is saved with the checkpoint. It starts
-    at 0, where the ratios are the projection of the logits onto the simplex; :class:`SSNRadiusHook` lets it grow to 1,
+    at 0, where the ratios are the projection of the logits onto the simplex. :class:`SSNRadiusHook` lets it grow to 1,
     where each triple of ratios is one-hot. Means and variances choose separately, as in SN.
 
-    In evaluation mode only normalizers with a ratio above 0 are computed, and IN, LN or BN alone are torch's group and
-    batch norm. Which they are is looked up when the layer enters evaluation mode, or loads a checkpoint in it; after
-    any other change of logits or radius call ``eval()`` again.
+    In evaluation mode only normalizers with a ratio above 0 are computed. If this is IN, LN or BN alone, torch's group
+    or batch norm computes it. The layer looks up which they are when it enters evaluation mode, and when it loads a
+    checkpoint in it. After any other change of logits or radius call ``eval()`` again.
 
-    Checkpoints of BatchNorm load as into SN. Those of SN load too, with their ratios as the start, and those of SSN
-    load into SN, with the ratios that they have.
+    Checkpoints of BatchNorm load as into SN. Checkpoints of SN load too, and their ratios are the start. Checkpoints of
+    SSN load into SN with the ratios that they have.
 
     Args:
         *args: As :class:`SwitchNorm`'s.
-        **kwargs: As :class:`SwitchNorm`'s. ``init_ratios`` become the logits themselves.
+        **kwargs: As :class:`SwitchNorm`'s. The logits start at ``init_ratios`` themselves.
 
     Examples:
         >>> import torch
@@ -61,7 +61,7 @@ class SparseSwitchNorm(SwitchNorm):
 
     @property
     def importance_ratios(self) -> Tensor:
-        """Current importance ratios (2, K): those of the means, then those of the variances; a detached copy."""
+        """A copy of the current importance ratios (2, K): of the means, then of the variances."""
         logits = torch.stack([self.mean_weight.detach(), self.var_weight.detach()])
         return sparsestmax(logits.float(), self.radius)
 
@@ -72,7 +72,7 @@ class SparseSwitchNorm(SwitchNorm):
             self.radius.zero_()
 
     def train(self, mode: bool = True) -> SparseSwitchNorm:
-        """Set the mode, and look up which normalizers evaluation takes."""
+        """Set the mode, and look up which normalizers evaluation needs."""
         super().train(mode)
         self._find_used()
         return self
@@ -88,7 +88,7 @@ class SparseSwitchNorm(SwitchNorm):
         if own and not own['training'] and own['running_mean'] is not None:
             self._check_input_dim(x)
             return F.batch_norm(x, own['running_mean'], own['running_var'], weight, self.bias, eps=bn.eps)
-        # torch's group norm takes parameters of another dtype not everywhere, and is slow on channels last
+        # torch's group norm is slow on channels last, and some devices refuse parameters of another dtype
         if alone in ('in', 'ln') and x.is_contiguous() and x.dtype == self.mean_weight.dtype:
             self._check_input_dim(x)
             groups = self.num_features if alone == 'in' else 1
@@ -96,13 +96,14 @@ class SparseSwitchNorm(SwitchNorm):
         return super()._normalize(x, bn)
 
     def _make_logits(self, ratios: tuple[float, ...]) -> Tensor:
-        """The ratios themselves, which radius 0 leaves as they are."""
+        """The logits for ``ratios``: these themselves, which sparsestmax with radius 0 does not change."""
         return torch.tensor(ratios, dtype=self.mean_weight.dtype)
 
     def _find_used(self) -> None:
+        """Look up which normalizers are needed: in training mode all."""
         self._used = self.normalizers
         if not self.training and not self.radius.is_meta:
-            taken = (self.importance_ratios != 0).any(0).tolist()  # NaN takes part
+            taken = (self.importance_ratios != 0).any(0).tolist()  # NaN counts as used
             self._used = tuple(itertools.compress(self.normalizers, taken))
 
     def _choose_normalizers(self) -> tuple[tuple[str, ...], Tensor, Tensor]:
@@ -114,7 +115,7 @@ class SparseSwitchNorm(SwitchNorm):
         return self._used, *logits
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load as SN does; SN's own logits become its ratios, and ``radius``, which neither it nor BN has, 0."""
+        """Load as SN does. A checkpoint of SN or BN has no ``radius``: this becomes 0, and logits their softmax."""
         if prefix + 'radius' not in state_dict and any(key.startswith(prefix) for key in state_dict):
             state_dict[prefix + 'radius'] = torch.zeros_like(self.radius)
             for name in prefix + 'mean_weight', prefix + 'var_weight':

@@ -1,4 +1,4 @@
-"""How an SN layer starts: its importance ratios, and weight and bias that a BatchNorm had."""
+"""How an SN layer starts: its importance ratios, and its weight and bias where they come from a BatchNorm."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def equal_ratios(normalizers: tuple[str, ...]) -> tuple[float, ...]:
 
 
 def start_ratios(normalizers: tuple[str, ...], init_ratios: Sequence[float] | None) -> tuple[float, ...]:
-    """Importance ratios of a layer whose weights come from a BatchNorm: those named, else near BatchNorm's.
+    """Importance ratios of a layer whose weights come from a BatchNorm: ``init_ratios``, else nearly all on BN.
 
-    So near that the network answers as it did with BatchNorm. Without 'bn' there is nothing near it: equal ones.
+    Then the network answers as it did with BatchNorm. Without 'bn' among the normalizers the ratios are equal.
     """
     if init_ratios is not None:
         return tuple(init_ratios)
@@ -31,10 +31,10 @@ def start_ratios(normalizers: tuple[str, ...], init_ratios: Sequence[float] | No
 def correct_for_blend(
     weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, ratios: dict[str, float], eps: float
 ) -> tuple[Tensor | None, Tensor | None]:
-    r"""Weight and bias with which SN gives on average what BatchNorm gave, from BatchNorm's statistics alone.
+    r"""Weight and bias with which SN gives on average what BatchNorm gave, computed from BatchNorm's statistics.
 
-    BatchNorm's running moments :math:`\mu_c, \sigma_c^2` say what the other moments of a sample are on average, for all
-    pixels of all images weigh the same in each:
+    BatchNorm's running moments :math:`\mu_c, \sigma_c^2` tell the average of a sample's other moments, since every
+    pixel has the same weight in all of them:
 
     .. math::
         E[\mu^{in}_c] = \mu_c, \quad
@@ -51,8 +51,8 @@ def correct_for_blend(
         \gamma'_c = \gamma_c \sqrt{\frac{b_c + \epsilon}{\sigma_c^2 + \epsilon}}, \quad
         \beta'_c = \beta_c - \gamma'_c w_{ln} \frac{\mu_c - \mu^{ln}}{\sqrt{b_c + \epsilon}}
 
-    Not in it is that IN's variance is smaller than :math:`\sigma_c^2` by the variance of its means over the samples, of
-    which the running statistics say nothing.
+    One effect is left out: IN's variance is smaller than :math:`\sigma_c^2` by the variance of its means over the
+    samples, which the running statistics do not tell.
 
     Args:
         weight (Tensor, optional): BatchNorm's :math:`\gamma` (C,); None for 1.
@@ -80,8 +80,8 @@ def correct_for_blend(
 
 
 def distribute_like(value: Tensor, other: Any) -> Tensor:
-    """``value``, split over processes as ``other`` is where that is a DTensor."""
-    if hasattr(other, 'placements'):  # FSDP2's; running statistics are whole in every process
+    """Split ``value`` over processes as ``other`` is split, if that is a DTensor."""
+    if hasattr(other, 'placements'):  # a DTensor of FSDP2; running statistics are whole in every process
         from torch.distributed.tensor import distribute_tensor
 
         return distribute_tensor(value, other.device_mesh, other.placements)

@@ -1,4 +1,4 @@
-"""What SN layers say while a checkpoint is loaded: how they start, and what they can use in part or not at all."""
+"""Messages of SN layers while a checkpoint is loaded: how they start, and what they cannot use."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor
 
-# the logits of the authors' ResNets, detectors and decoders; no norm layer of OpenMMLab has such a name
+# Names of logits in the authors' ResNets, detectors and decoders; no norm layer of OpenMMLab has such a name.
 AUTHORS_NAMES = re.compile(
     r'(?:(?:^|\.)sn\d+|^(?:module\.)?(?:Conv_Body|Box_Head|Mask_Head|cbr|cbr_deepsup|conv_last|ppm)\..+)\.mean_weight$'
 )
 _NORMALIZERS_BY_SIZE = {2: "normalizers=('in', 'ln')", 3: "normalizers=('in', 'ln', 'bn'), the default"}
-_starts: Counter = Counter()  # layers by what is to be said of their start, of one load
+_starts: Counter = Counter()  # of the load at hand: how many layers start in which way
 _load: object = None
 _warned: object = None
 
 
 def is_computable(*values: object) -> bool:
-    """Whether values of a checkpoint are tensors to compute with, on one device. Of others torch says what is wrong."""
+    """Whether values of a checkpoint are dense float tensors on one device. Of others torch says what is wrong."""
     dense = [v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.layout == torch.strided]
     return len(dense) == len(values) and not any(v.is_nested for v in dense) and len({v.device for v in dense}) < 2
 
@@ -29,11 +29,10 @@ def is_computable(*values: object) -> bool:
 def note_start(
     load: object, normalizers: tuple[str, ...], ratios: tuple[float, ...], named: bool, corrected: bool
 ) -> None:
-    """Remember that a layer took a BatchNorm's weights, to be said once a load, of all its layers.
+    """Remember that a layer took a BatchNorm's weights, to log one line for all layers of a load.
 
-    ``load`` is one object throughout a load, such as the list of missing keys. A layer does not see the end of the load
-    that it is part of. So the line comes when a model is next put into a mode (``train()``, ``eval()``), or another
-    load begins.
+    ``load`` is an object that all layers of a load share, such as the list of missing keys. No layer sees the end of
+    the load. So the line is logged when a model next enters a mode (``train()``, ``eval()``), or another load begins.
     """
     global _load
     if load is not _load:
@@ -45,7 +44,7 @@ def note_start(
 
 
 def log_starts() -> None:
-    """Say what :func:`note_start` remembered, if anything."""
+    """Log what :func:`note_start` remembered, if anything."""
     global _load
     _load = None
     if not _starts:
@@ -60,10 +59,10 @@ def log_starts() -> None:
 
 
 def refuse_authors_names(unexpected_keys: list[str]) -> None:
-    """Stop a load in which a layer gets nothing since the checkpoint has the authors' names.
+    """Stop a load in which a layer gets nothing, because the checkpoint has the authors' names.
 
-    ``unexpected_keys`` already has those of the layer's parents, which torch and mmengine load first. Loaded as it is,
-    such a checkpoint would fill the convolutions and leave the norm layers at their start.
+    Such a checkpoint would fill the convolutions and leave the norm layers at their start. torch and mmengine load
+    parents first, so ``unexpected_keys`` already has the names that the layer's parents do not know.
     """
     found = next((key for key in unexpected_keys if AUTHORS_NAMES.search(key) or key == 'model'), None)
     if found:
@@ -76,9 +75,9 @@ def refuse_authors_names(unexpected_keys: list[str]) -> None:
 
 
 def warn_of_no_statistics(load: object, layer: str) -> None:
-    """Say once a load that a layer finds weight and bias of another norm, and no statistics to start from.
+    """Warn, once a load, that a layer finds weight and bias of another norm but no statistics to start from.
 
-    No error, for torch and mmengine list what is missing, and raise where they are to be strict.
+    This is no error: torch and mmengine list what is missing, and raise if they are told to be strict.
     """
     global _warned
     if load is not _warned:
@@ -94,7 +93,7 @@ def warn_of_no_statistics(load: object, layer: str) -> None:
 
 
 def explain_sizes(logits: list[Tensor], normalizers: tuple[str, ...], error_msgs: list[str]) -> None:
-    """Say once a load, before torch's list of sizes that differ, what to do about layers of other normalizers."""
+    """Say, once a load and before torch lists sizes that differ, what to do if the normalizers differ."""
     sizes = {value.numel() for value in logits} - {len(normalizers)}
     start = 'SwitchNorm layers of other normalizers: '
     if sizes and not any(message.startswith(start) for message in error_msgs):

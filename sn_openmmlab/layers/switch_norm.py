@@ -37,17 +37,17 @@ class SwitchNorm(nn.InstanceNorm2d):
         \quad w = \mathrm{softmax}(\text{mean\_weight}), \; w' = \mathrm{softmax}(\text{var\_weight})
 
     from *Differentiable Learning-to-Normalize via Switchable Normalization* (Luo et al., ICLR 2019, Eq. 3). The
-    importance ratios :math:`w, w'` are learned, one triple for the means and one for the variances of each layer, in
+    importance ratios :math:`w, w'` are learned: one triple for the means and one for the variances of each layer, in
     the order IN, LN, BN.
 
-    The batch statistics live in the child ``bn``, a :class:`torch.nn.BatchNorm2d` without parameters of its own: while
-    it is in training mode BN takes the batch's moments and the running ones are updated; in evaluation mode
-    (``model.eval()``, ``norm_eval=True``, ``frozen_stages``) BN takes the running ones. IN and LN always come from the
-    sample. Where ``bn`` has been turned into torch's or mmcv's SyncBatchNorm (``sync_bn='torch'`` or ``'mmcv'``) the
-    batch moments are those of all processes. Whatever else is done to each BatchNorm of a model works likewise:
+    The batch statistics live in the child ``bn``, a :class:`torch.nn.BatchNorm2d` without parameters of its own. While
+    it is in training mode, BN takes the moments of the batch, and the running ones are updated. While it is in
+    evaluation mode (``model.eval()``, ``norm_eval=True``, ``frozen_stages``), BN takes the running ones. IN and LN
+    always come from the sample. If ``bn`` is turned into torch's or mmcv's SyncBatchNorm (``sync_bn='torch'`` or
+    ``'mmcv'``), the batch moments are those of all processes. What else can be done to a BatchNorm works too:
     ``docs/third_parties.md``.
 
-    Three conventions, all PyTorch's and not the authors': ``momentum`` weighs the *new* value; the input is normalised
+    Three conventions are PyTorch's and not the authors': ``momentum`` weighs the *new* value; the input is normalised
     with the *biased* variance while ``running_var`` stores the *unbiased* one; weight, bias and running statistics
     have shape *(C,)*.
 
@@ -61,16 +61,16 @@ class SwitchNorm(nn.InstanceNorm2d):
             child ``bn`` (the paper's setting for one image per GPU). Defaults to ('in', 'ln', 'bn').
         init_ratios (Sequence[float], optional): Importance ratios to start from, one for each normalizer, summing
             to 1. ``(0, 0, 1)`` is batch normalization; a ratio of 0 is a logit so low that it no longer learns.
-            Defaults to None: from scratch equal ratios (all logits 1, as the authors'), and where weights of a
-            BatchNorm are loaded near BatchNorm, (0.001, 0.001, 0.998), which keeps the function of its network.
-        correction (bool): Whether weight and bias that come from a BatchNorm are changed so that the layer gives on
-            average what the BatchNorm gave, whatever the ratios
-            (:func:`~sn_openmmlab.layers.start.correct_for_blend`). Defaults to True.
+            Defaults to None: equal ratios from scratch (all logits 1, as the authors'), and (0.001, 0.001, 0.998) when
+            weights of a BatchNorm are loaded, so that the network computes what it did.
+        correction (bool): Whether to change a weight and bias that come from a BatchNorm, so that for any ratios the
+            layer gives on average what the BatchNorm gave (:func:`~sn_openmmlab.layers.start.correct_for_blend`).
+            Defaults to True.
         device (torch.device, optional): Device of the parameters. Defaults to None.
         dtype (torch.dtype, optional): Dtype of the parameters. Defaults to None.
 
     Shape:
-        - Input: (N, C, \*) with 2 to 5 dimensions, any floating-point dtype, with any number of pixels (also 0 or 1).
+        - Input: (N, C, \*) with 2 to 5 dimensions, of any floating-point dtype and any number of pixels, also 0 or 1.
         - Output: as the input.
 
     Raises:
@@ -88,7 +88,7 @@ class SwitchNorm(nn.InstanceNorm2d):
         torch.Size([2, 3])
     """
 
-    # An InstanceNorm2d, whatever the rank, since the lists of norms that optimizers spare decay name final classes.
+    # InstanceNorm2d for every number of dimensions: optimizers that exempt norms from weight decay list these classes.
     _abbr_ = 'bn'  # attributes are named bn1, bn2, ... so that BatchNorm checkpoints find them
     _num_dims: tuple[int, ...] = (2, 3, 4, 5)
 
@@ -143,7 +143,7 @@ class SwitchNorm(nn.InstanceNorm2d):
 
     @property
     def momentum(self) -> float | None:
-        """Weight of the new value in the running statistics. It is the child's, and setting it sets the child's."""
+        """Weight of the new value in the running statistics. It is read from the child ``bn``, and set there."""
         bn = self._find_statistics()
         return getattr(bn, 'momentum', None)
 
@@ -155,7 +155,7 @@ class SwitchNorm(nn.InstanceNorm2d):
 
     @property
     def eps(self) -> float:
-        """What is added to the variance. It is the child's, if there is one, and setting it sets the child's."""
+        """What is added to the variance. It is read from the child ``bn``, if there is one, and set there too."""
         bn = self._find_statistics()
         return self._eps if bn is None else bn.eps
 
@@ -168,11 +168,11 @@ class SwitchNorm(nn.InstanceNorm2d):
 
     @property
     def importance_ratios(self) -> Tensor:
-        """Current importance ratios (2, K), those of the means and then those of the variances; a detached copy."""
+        """A copy of the current importance ratios (2, K): of the means, then of the variances."""
         return torch.stack([self.mean_weight.detach(), self.var_weight.detach()]).float().softmax(1)
 
     def reset_parameters(self) -> None:
-        """Set everything to its starting value: weight 1, bias 0, the ratios' logits, running statistics 0 and 1."""
+        """Set everything to its start: weight 1, bias 0, logits by ``init_ratios``, running mean 0 and variance 1."""
         super().reset_parameters()
         if hasattr(self, 'bn'):  # not yet, when the base class calls this
             ratios = self.init_ratios or equal_ratios(self.normalizers)
@@ -186,20 +186,21 @@ class SwitchNorm(nn.InstanceNorm2d):
     def start_from(
         self, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, load: object = None
     ) -> dict[str, Tensor]:
-        """Parameters to begin with where weights come from a BatchNorm: of weight, bias and running moments (C,).
+        """Compute the parameters of a layer that starts from a BatchNorm; the layer itself does not change.
 
-        The importance ratios are ``init_ratios``, or without them nearly BatchNorm's; weight and bias are corrected for
-        them. Those of None are left out. Nothing of the layer changes.
+        The importance ratios are ``init_ratios``, or nearly all on BN without them. Weight and bias are corrected for
+        the ratios.
 
         Args:
-            weight (Tensor, optional): The BatchNorm's.
-            bias (Tensor, optional): Likewise.
-            mean (Tensor): Its running mean.
-            var (Tensor): Its running variance.
-            load: One object for all layers of a load, which is logged in one line. Defaults to None, nothing is logged.
+            weight (Tensor, optional): The BatchNorm's weight (C,).
+            bias (Tensor, optional): Its bias (C,).
+            mean (Tensor): Its running mean (C,).
+            var (Tensor): Its running variance (C,).
+            load: An object that all layers of a load share, so that one line is logged for all. Defaults to None: no
+                line.
 
         Returns:
-            dict[str, Tensor]: New values by the names of the layer's parameters.
+            dict[str, Tensor]: Values by the names of the layer's parameters, without those that are None.
         """
         ratios = start_ratios(self.normalizers, self.init_ratios)
         if self.correction:
@@ -222,7 +223,7 @@ class SwitchNorm(nn.InstanceNorm2d):
         return torch.tensor(logits, dtype=self.mean_weight.dtype)
 
     def train(self, mode: bool = True) -> SwitchNorm:
-        """Set the mode; and say how layers that took BatchNorm weights since the last call start."""
+        """Set the mode, and log how layers start that took BatchNorm weights since the last call."""
         log_starts()
         return super().train(mode)
 
@@ -236,7 +237,7 @@ class SwitchNorm(nn.InstanceNorm2d):
         return self._normalize(input, bn)
 
     def _normalize(self, x: Tensor, bn: Any) -> Tensor:
-        """Normalize by the statistics that ``bn`` has."""
+        """Normalize with the batch statistics of ``bn``."""
         self._check_input_dim(x)
         normalizers, mean_weight, var_weight = self._choose_normalizers()
         parameters = mean_weight, var_weight, self.weight, self.bias
@@ -248,7 +249,7 @@ class SwitchNorm(nn.InstanceNorm2d):
         return switch_norm(x, *parameters, eps=bn.eps, normalizers=normalizers, group=group, **own)
 
     def _record_call(self, x: torch.fx.Proxy) -> torch.fx.Proxy:
-        """One call of this module in a symbolic trace, which must not keep the mode that it was taken in."""
+        """Record this module as one call in a symbolic trace; its inside would fix the mode of the moment."""
         tracer: Any = x.tracer
         return tracer.create_proxy('call_module', tracer.path_of_module(self), (x,), {})
 
@@ -262,19 +263,19 @@ class SwitchNorm(nn.InstanceNorm2d):
         return None if bn is None else batch_statistics.find_holder(bn)
 
     def _find_group(self, bn: nn.Module) -> dist.ProcessGroup | None:
-        """The process group that the batch moments are taken over, None where this process is alone."""
-        several = dist.is_available() and dist.is_initialized()  # asked first: a module takes long to say no
+        """The process group to take batch moments over; None without one."""
+        several = dist.is_available() and dist.is_initialized()  # first, as looking at a module takes longer
         return self._find_own_group(bn) if several and batch_statistics.is_synchronised(bn) else None
 
     def _find_own_group(self, bn: nn.Module) -> dist.ProcessGroup | None:
-        """The group that ``bn`` was converted for, or all processes; None where there is one process only."""
+        """The group of ``bn``, else of all processes; None if it has one process only."""
         if not (dist.is_available() and dist.is_initialized()):
             return None
         group = batch_statistics.get_group(bn) or dist.group.WORLD
         return group if dist.get_world_size(group) > 1 else None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy or a pickle, whose child has forgotten whose it is."""
+        """Restore a copy or a pickle, in which ``bn`` has lost its link to the layer."""
         super().__setstate__(state)
         bn = self._find_statistics()
         if isinstance(bn, batch_statistics.BatchNorm2d):
@@ -307,7 +308,7 @@ class SwitchNorm(nn.InstanceNorm2d):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load this layer's own keys, or BatchNorm's, or the authors' flat ones of shape (1, C, 1, 1)."""
+        """Load this layer's own keys, BatchNorm's, or tensors of shape (1, C, 1, 1) under the authors' flat names."""
         if not any(key.startswith(prefix) for key in state_dict):
             refuse_authors_names(unexpected_keys)
         logits = [prefix + name for name in ('mean_weight', 'var_weight')]

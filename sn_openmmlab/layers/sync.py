@@ -18,15 +18,15 @@ from .switch_norm import SwitchNorm
 class SyncSN(SwitchNorm):
     """:class:`SwitchNorm` whose batch statistics are those of all processes, weighted by their number of pixels.
 
-    Costs one all-reduce of 2C + 1 numbers forward and one of 2C backward. Every process has to call it, also one whose
-    batch is empty, and to use its output in the loss. In evaluation mode, and in a process alone, it is
-    :class:`SwitchNorm`; its ``bn`` is a plain ``BatchNorm2d``, so that everything that freezes one freezes this one.
+    It costs one all-reduce of 2C + 1 numbers forward and one of 2C backward. Every process has to call it, also with an
+    empty batch, and to use its output in the loss. In evaluation mode, and with one process, it is
+    :class:`SwitchNorm`. Its ``bn`` is a plain ``BatchNorm2d``, so that whatever freezes BatchNorms freezes it.
 
     Args:
         num_features (int): Number of channels C.
         *args: As :class:`SwitchNorm`'s.
-        group_size (int, optional): Number of processes, of neighbouring rank, that share statistics; it must divide
-            the world size. Defaults to None, all.
+        group_size (int, optional): Number of processes with neighbouring ranks that share statistics. It must divide
+            the world size. Defaults to None: all processes.
         **kwargs: As :class:`SwitchNorm`'s; ``normalizers`` must contain 'bn'.
 
     Raises:
@@ -40,7 +40,7 @@ class SyncSN(SwitchNorm):
         super().__init__(num_features, *args, **kwargs)
         if self.bn is None:
             raise ValueError(f"SyncSN synchronises batch statistics, but normalizers={self.normalizers}; use type='SN'")
-        self._find_group(self.bn)  # groups are made by all processes together, and surely all of them are here
+        self._find_group(self.bn)  # all processes must make a group together, and all of them build the layer
 
     def _find_group(self, bn: nn.Module) -> dist.ProcessGroup | None:
         group = self._find_own_group(bn)
@@ -55,10 +55,10 @@ class SyncSN(SwitchNorm):
 
 @functools.lru_cache
 def _make_subgroup(group_size: int, world: dist.ProcessGroup) -> dist.ProcessGroup:
-    """The group of this rank and its neighbours; made once for all layers, since each group holds a communicator."""
+    """The group of this rank and its neighbours. All layers share it, since each group holds a communicator."""
     size = dist.get_world_size(world)
     if size % group_size:
         raise ValueError(f'group_size={group_size} does not divide the world size {size}')
-    # as dist.new_subgroups, which torch 1.13 has for CUDA only
+    # like dist.new_subgroups, which in torch 1.13 works for CUDA only
     groups = [dist.new_group(list(range(first, first + group_size))) for first in range(0, size, group_size)]
     return groups[dist.get_rank() // group_size]

@@ -1,6 +1,6 @@
-"""Build models to look at them, and compare them norm by norm.
+"""Build models only to look at them, and compare two of them norm by norm.
 
-Nothing is loaded, and most weights take no memory.
+No weights are loaded, and most take no memory.
 """
 
 from __future__ import annotations
@@ -19,11 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from ..norms import is_norm, own_modules, part_of
 
-GENERIC_PACKAGES = (
-    'torch.',
-    'mmcv.cnn.bricks.',
-    'mmengine.',
-)  # whose modules choose no norm: the class that used them did
+# Modules of these packages choose no norm; the class that uses them does.
+GENERIC_PACKAGES = ('torch.', 'mmcv.cnn.bricks.', 'mmengine.')
 
 
 class Norm(NamedTuple):
@@ -58,7 +55,7 @@ def build(cfg: Config, model: dict | None = None) -> nn.Module:
 
 
 def compare(before: nn.Module, after: nn.Module) -> list[Norm]:
-    """List the norm layers of two models; raise RuntimeError if the models differ in more than these."""
+    """List the norm layers of two models, in pairs. Raise RuntimeError if the models differ in anything else."""
     old, new = own_modules(before), own_modules(after)
     if len(old) != len(new):
         raise RuntimeError(f'not only norms change: the model gets {len(new)} modules in place of {len(old)}')

@@ -1,7 +1,7 @@
 """Swap the norm layers of a config.
 
-A walk through ``cfg.model`` finds every dict that builds a norm, and the norms that classes build by default, and
-rewrites them. The package ``convert`` does the same to a model that is built.
+A walk through ``cfg.model`` finds and rewrites every dict that builds a norm, and the norms that classes build by
+default. The package ``convert`` does the same to a built model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .build import Norm, build, compare, scope_of
 PARTS = ('backbone', 'neck', 'head')
 TARGETS = ('SN', 'SyncSN', 'GN', 'BN', 'SyncBN')
 STATISTICS = ('train', 'frozen', 'synced')
-SMALL_BATCH = 4  # images a process, up to which the statistics of a checkpoint are better than those of a batch
+SMALL_BATCH = 4  # up to so many images a process, a checkpoint has better statistics than a batch
 KEPT = ('eps', 'affine', 'requires_grad', '_scope_')  # arguments that every norm layer has
 KEPT_BY = {
     'SN': ('momentum', 'normalizers', 'init_ratios', 'correction'),
@@ -44,13 +44,13 @@ class Swap:
     """A swapped config, and what became of its norm layers.
 
     Attributes:
-        config (Config): The config after it.
-        changed (list[Norm]): The layers that it changes.
-        left (list[Norm]): Layers of the chosen parts that keep their norm, since their class takes no norm, or not the
-            new one.
-        other (list[Norm]): Layers of the chosen parts that no swap changes, as LayerNorm: none of BN, SyncBN, GN, IN
-            and SN.
-        refused (dict[str, str]): Places in ``model`` that keep their norm, and why.
+        config (Config): The config after the swap.
+        changed (list[Norm]): The layers that changed.
+        left (list[Norm]): Layers of the chosen parts that keep their norm, because their class takes no norm, or
+            refuses the new one.
+        other (list[Norm]): Layers of the chosen parts that no swap changes: others than BN, SyncBN, GN, IN and SN, such
+            as LayerNorm.
+        refused (dict[str, str]): Why places in ``model`` keep their norm.
     """
 
     config: Config
@@ -69,28 +69,28 @@ def swap_norm(
 ) -> Config:
     """Copy a config, with another norm in its model.
 
-    SN is set up by the recipe of docs/finetuning.md. Where the backbone starts from a BatchNorm checkpoint, and a
-    process has up to 4 images a step, its statistics are frozen. SN layers that load BatchNorm weights start near
+    SN is set up by the recipe of docs/finetuning.md. If the backbone starts from a BatchNorm checkpoint, and a process
+    has up to 4 images a step, the backbone's statistics are frozen. SN layers that load BatchNorm weights start near
     BatchNorm.
 
     Every dict of ``cfg.model`` that names a class is compared with the arguments of the class. So norms are found under
-    any key, and also where the class has one by default; this is then written out. The models before and after are
-    built (without memory for weights, and without loading any) and compared: nothing but norm layers may differ. Places
-    whose class refuses the new norm keep theirs; :func:`plan_swap` lists them.
+    any key, and also if the class has one by default, which is then written out. The models before and after are built
+    (without memory for weights, and without loading any) and compared: only norm layers may differ. Places whose class
+    refuses the new norm keep theirs; :func:`plan_swap` lists them.
 
     Args:
         cfg (Config): Config of mmdet, mmseg or another OpenMMLab library, with ``model`` and ``default_scope``.
-        to (str): 'SN', 'SyncSN', 'GN' (32 groups where it was no GN), 'BN' or 'SyncBN'; it takes the place of BN,
-            SyncBN, MMSyncBN, GN, IN and SN in 1, 2 and 3 dimensions. ``eps``, ``momentum``, ``affine`` and
-            ``requires_grad`` stay as they are. Defaults to 'SN'.
+        to (str): 'SN', 'SyncSN', 'GN' (with 32 groups, unless it was GN), 'BN' or 'SyncBN'. It replaces BN, SyncBN,
+            MMSyncBN, GN, IN and SN in 1, 2 and 3 dimensions. ``eps``, ``momentum``, ``affine`` and ``requires_grad``
+            stay. Defaults to 'SN'.
         parts (Collection[str]): Which of 'backbone', 'neck' and 'head' to change. Defaults to all.
-        statistics (str, optional): Batch statistics of the new layers: 'train' for those of the batch
-            (``norm_eval=False``, and ``requires_grad=True`` where it was False), 'frozen' for those of the checkpoint
-            in the backbone (``norm_eval=True``), 'synced' for 'train' over all processes (SyncSN or SyncBN). Defaults
-            to None: for SN and SyncSN frozen where the backbone starts from a BatchNorm checkpoint, has ``norm_eval``,
-            and had it set or gets up to 4 images a process, else 'train'; and as in ``cfg`` for the others.
+        statistics (str, optional): Batch statistics of the new layers. 'train': of the batch (``norm_eval=False``, and
+            ``requires_grad=True`` where it was False). 'frozen': in the backbone those of the checkpoint
+            (``norm_eval=True``). 'synced': as 'train', over all processes (SyncSN or SyncBN). Defaults to None: for SN
+            and SyncSN 'frozen' if the backbone starts from a BatchNorm checkpoint, has ``norm_eval``, and had it set or
+            gets up to 4 images a process, else 'train'; for other norms what ``cfg`` says.
         init_ratios (Sequence[float], optional): Importance ratios of IN, LN and BN to start from; ``(0, 0, 1)`` is
-            BatchNorm. Defaults to None, near BatchNorm where its weights are loaded, else equal ones.
+            BatchNorm. Defaults to None: near BatchNorm if its weights are loaded, else equal ratios.
 
     Returns:
         Config: The changed copy, with ``custom_imports`` of this package for SN.
@@ -122,7 +122,7 @@ def plan_swap(
     statistics: str | None = None,
     init_ratios: Sequence[float] | None = None,
 ) -> Swap:
-    """Swap as :func:`swap_norm` does, and list what changes and what does not. Nothing to change is no error here."""
+    """Swap as :func:`swap_norm` does, and list what changes and what does not; it is no error if nothing changes."""
     parts = (parts,) if isinstance(parts, str) else tuple(parts)
     parts = PARTS if parts == ('all',) else parts
     _check_arguments(cfg, to, parts, statistics, init_ratios)
@@ -156,7 +156,7 @@ def plan_swap(
     places = [place for place in places if place not in refused]
     try:
         norms = compare_with(refused)
-    except Exception as error:  # some class refuses: try the places one by one
+    except Exception as error:  # a class refuses: try the places one by one
         refused.update(dict.fromkeys(places, _describe_error(error)))
         for place in places:
             reason = refused.pop(place)
@@ -168,7 +168,7 @@ def plan_swap(
     swap = _make_swap(cfg, rewrite_model(refused)[0], to, parts, norms, refused)
     if swap.left:
         added: list[str] = []
-        for place in unresolved:  # arguments for a class that cannot be looked at: does it take a norm?
+        for place in unresolved:  # arguments of an unknown class: does it take a norm?
             with contextlib.suppress(Exception):
                 more = compare_with(refused, [*added, place])
                 if sum(norm.changes for norm in more) > sum(norm.changes for norm in norms):
@@ -218,7 +218,7 @@ class _Walk:
             if isinstance(value, (dict, list, tuple))
         }
         changed = {key: value for key, value in new.items() if value is not (node if key in node else accepted)[key]}
-        if 'type' in node:  # of a table of the class's own, as the pathways of mmaction's SlowFast, or no model at all
+        if 'type' in node:  # of a table inside a class (pathways of mmaction's SlowFast), or no model at all
             unknown = cls is None and not _in_another_registry(str(node['type']))
         else:
             unknown = place.endswith('_cfg')
@@ -241,7 +241,7 @@ class _Walk:
         if part_of(place) not in self.parts or place in self.refused:
             return norm
         if self.to == 'BN' and _is_type(cls, 'BN'):
-            return norm  # also BN1d and the like
+            return norm  # BN1d and the like too
         new = {'type': self.to, **{k: v for k, v in norm.items() if k in KEPT + KEPT_BY[self.to]}}
         if self.to == 'GN':
             new.setdefault('num_groups', 32)
@@ -269,7 +269,7 @@ def _check_arguments(
     if init_ratios is not None:
         if to not in ('SN', 'SyncSN'):
             raise ValueError(f'init_ratios={init_ratios!r} is for SN and SyncSN, not for {to}')
-        SwitchNorm(1, init_ratios=init_ratios)  # raises where they are no ratios
+        SwitchNorm(1, init_ratios=init_ratios)  # raises if they are no ratios
     if statistics is not None and to == 'GN':
         raise ValueError(f'statistics={statistics!r} is about batch statistics, and GN has none')
     if statistics == 'frozen' and 'backbone' not in parts:
@@ -294,7 +294,7 @@ def _make_swap(
     if not swap.left:
         swap.refused = {}  # no layer was built from these places
     swap.config.model = copy.deepcopy(model)
-    if set(parts) == set(PARTS):  # also the variables, such as norm_cfg, that were copied into the model
+    if set(parts) == set(PARTS):  # also variables such as norm_cfg, which were copied into the model
         walk = _Walk(to, PARTS)
         with DefaultScope.overwrite_default_scope(scope_of(cfg)):
             for key, value in cfg.items():
@@ -349,7 +349,7 @@ def _list_arguments(cls: Callable) -> dict[str, Any]:
 
 
 def _is_swappable(cls: Any) -> bool:
-    """Whether a ``type`` means a norm layer that SN can stand in place of, or SN."""
+    """Whether a ``type`` means SN, or a norm layer that SN can replace."""
     return inspect.isclass(cls) and (is_switchable(cls) or issubclass(cls, SwitchNorm))
 
 
@@ -361,7 +361,7 @@ def _is_type(cls: type, to: str) -> bool:
 
 
 def _find_class(kind: Any, scope: str | None) -> Any:
-    """Find the class or function that a ``type`` names, None if it is none of a model's."""
+    """Find the class or function of a model that a ``type`` names; None if there is none."""
     if not isinstance(kind, str):
         return kind
     with MODELS.switch_scope_and_registry(scope) as registry:
@@ -369,7 +369,7 @@ def _find_class(kind: Any, scope: str | None) -> Any:
 
 
 def _in_another_registry(kind: str) -> bool:
-    """Whether a ``type`` means no model, but an assigner, an initializer or the like, of what is imported."""
+    """Whether an imported library knows a ``type`` as something else than a model, such as an assigner."""
     registries = [r for r in vars(mmengine.registry).values() if isinstance(r, Registry) and r is not MODELS]
     registries += [child for registry in registries for child in registry.children.values()]
     return any(kind.rpartition('.')[2] in registry.module_dict for registry in registries)

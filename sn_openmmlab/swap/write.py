@@ -17,7 +17,7 @@ from .rewrite import PARTS, TARGETS, Swap
 
 
 class Code(str):
-    """A string that is written as it is, not quoted."""
+    """Code as a string, to be written without quotes."""
 
 
 def render_child(cfg: Config, swap: Swap, source: str, to: str, parts: tuple[str, ...], folder: Path) -> str:
@@ -37,7 +37,7 @@ def render_child(cfg: Config, swap: Swap, source: str, to: str, parts: tuple[str
     old, new = to_plain(cfg), to_plain(swap.config)
     norms = [norm for _, _, norm in find_differences(old['model'], new['model']) if isinstance(norm, dict)]
     main_norm = max(norms, key=norms.count)
-    # heads: mmdet's get_flops.py takes what has a head_norm_cfg for one certain model
+    # heads: mmdet's get_flops.py treats every config with a head_norm_cfg as one certain model
     name = name_parts(parts).replace('-', '_').replace('head', 'heads')
     variable = 'norm_cfg' if parts == PARTS else f'{name}_norm_cfg'
     changed = {
@@ -87,7 +87,7 @@ def render_base(config: str, text: str, folder: Path) -> str:
 
 
 def express_change(old: Any, new: Any, main_norm: dict, variable: str) -> Any:
-    """Express ``new`` as what a config that inherits ``old`` has to set."""
+    """Express ``new`` as what a config has to set that inherits ``old``."""
     if not isinstance(new, dict) or not isinstance(old, dict):
         return refer_to_norm(new, main_norm, variable)
     gone = old.keys() - new.keys()
