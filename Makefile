@@ -1,4 +1,4 @@
-# make setup | test | test-all | demo | lint | bench | docs: everything is installed in .venv, by `make setup`, once
+# make setup | test | test-all | coverage | demo | lint | bench | docs: all is installed in .venv, by `make setup`, once
 # make wheel | matrix: in environments of their own under build
 
 PYTHON ?= python3.11
@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 # the constraints keep every pip call from bringing in another torch
 INSTALL := $(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt
 
-.PHONY: setup test test-all demo lint bench docs wheel matrix
+.PHONY: setup test test-all coverage demo lint bench docs wheel matrix
 
 setup: $(STAMP)
 
@@ -32,6 +32,10 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+
+# lines and branches of the package that `make test` reaches, without what its subprocesses reach
+coverage: setup
+	$(BIN)/python -m pytest -m 'not slow' --numprocesses $(JOBS) --dist loadfile --cov --cov-report term:skip-covered
 
 demo: setup
 	$(BIN)/python tools/demo.py
