@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from numbers import Integral
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from mmengine.registry import MODELS
@@ -12,6 +12,9 @@ from torch import nn
 
 from . import batch_statistics
 from .switch_norm import SwitchNorm
+
+# of each world, its groups by size: a group that outlives destroy_process_group may abort the process at its end
+_SUBGROUPS: WeakKeyDictionary[dist.ProcessGroup, dict[int, dist.ProcessGroup]] = WeakKeyDictionary()
 
 
 @MODELS.register_module()
@@ -46,19 +49,21 @@ class SyncSN(SwitchNorm):
         group = self._find_own_group(bn)
         if group is None or self.group_size is None or batch_statistics.get_group(bn) is not None:
             return group
-        return _make_subgroup(self.group_size, group) if self.group_size > 1 else None
+        return _get_subgroup(self.group_size, group) if self.group_size > 1 else None
 
     def extra_repr(self) -> str:
         """The arguments."""
         return f'{super().extra_repr()}, group_size={self.group_size}'
 
 
-@functools.lru_cache
-def _make_subgroup(group_size: int, world: dist.ProcessGroup) -> dist.ProcessGroup:
+def _get_subgroup(group_size: int, world: dist.ProcessGroup) -> dist.ProcessGroup:
     """The group of this rank and its neighbours. All layers share it, since each group holds a communicator."""
-    size = dist.get_world_size(world)
-    if size % group_size:
-        raise ValueError(f'group_size={group_size} does not divide the world size {size}')
-    # like dist.new_subgroups, which in torch 1.13 works for CUDA only
-    groups = [dist.new_group(list(range(first, first + group_size))) for first in range(0, size, group_size)]
-    return groups[dist.get_rank() // group_size]
+    groups = _SUBGROUPS.setdefault(world, {})
+    if group_size not in groups:
+        size = dist.get_world_size(world)
+        if size % group_size:
+            raise ValueError(f'group_size={group_size} does not divide the world size {size}')
+        # like dist.new_subgroups, which in torch 1.13 works for CUDA only
+        made = [dist.new_group(list(range(first, first + group_size))) for first in range(0, size, group_size)]
+        groups[group_size] = made[dist.get_rank() // group_size]
+    return groups[group_size]
