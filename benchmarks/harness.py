@@ -147,10 +147,14 @@ def _cpu_name() -> str:
 
 
 def write(name: str, result: dict, folder: Path = RESULTS) -> Path:
-    """Write a result file, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f'{name}.json'
-    partial = folder / f'{name}.partial'
-    partial.write_text(json.dumps(result, indent=1) + '\n')
+    """Write a result file."""
+    return write_whole(folder / f'{name}.json', (json.dumps(result, indent=1) + '\n').encode())
+
+
+def write_whole(path: Path, content: bytes) -> Path:
+    """Write a file whole or not at all, and its folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f'{path.name}.partial')
+    partial.write_bytes(content)
     partial.replace(path)
     return path

@@ -1,19 +1,22 @@
 """Accuracy cells: each task trains with each norm, and one that was stopped ends as if it had not been."""
 
 import copy
+import hashlib
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.accuracy import report, run  # noqa: E402
+from benchmarks.accuracy import release, report, run  # noqa: E402
 
 SMALL = {
     'train_dataloader.dataset.pipeline.2.scale': (64, 48),
@@ -103,6 +106,35 @@ def test_a_cell_records_what_it_was_and_did(straight):
 def test_a_trained_cell_is_not_trained_again(straight, monkeypatch):
     monkeypatch.setattr(run, 'Runner', None)
     assert train(CELL, straight[0]) == straight[1]
+
+
+def test_released_files_give_the_result_again(straight, tmp_path, monkeypatch):
+    """By the config and the weights alone. Neither names a folder of this machine, nor does the card."""
+    folder, result = straight
+    monkeypatch.setenv('SN_OPENMMLAB_HOME', 'https://example.org/sn/')
+    path = release.release(CELL.name, folder / 'work', folder / 'results', tmp_path)
+    assert hashlib.sha256(path.read_bytes()).hexdigest().startswith(path.stem[-8:])
+    assert release.release(CELL.name, folder / 'work', folder / 'results', tmp_path) == path
+    config, card = tmp_path / f'{CELL.name}.py', (tmp_path / f'{CELL.name}.md').read_text()
+    assert sorted(tmp_path.iterdir()) == sorted([path, config, tmp_path / f'{CELL.name}.md'])
+    assert str(folder.parent) not in config.read_text() + card
+    assert f'(https://example.org/sn/releases/download/v{release.__version__}/{path.name})' in card and 'MIT' in card
+
+    cfg = Config.fromfile(config)
+    cfg.merge_from_dict(dict(work_dir=str(tmp_path), load_from=str(path)))
+    tested = Runner.from_cfg(cfg).test()
+    assert tested == result['final']['moving average']
+
+
+def test_only_a_cell_that_was_trained_here_is_released(tmp_path, capsys):
+    with pytest.raises(FileNotFoundError, match='train the cell'):
+        release.release('nothing', results=tmp_path)
+    (tmp_path / f'{CELL.name}.json').write_text(json.dumps(asdict(CELL)))
+    with pytest.raises(FileNotFoundError, match='epoch_2.pth does not exist; remove'):
+        release.release(CELL.name, tmp_path, tmp_path)
+    with pytest.raises(SystemExit):
+        release.main(['nothing'])
+    assert 'nothing.json does not exist' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from mmengine.config import Config
 from benchmarks.accuracy.data import data_root
 
 NAME = 'BCCD'
+LICENCE = 'BCCD (github.com/Shenggan/BCCD_Dataset), MIT'
 METRICS = {'coco/bbox_mAP': 'box AP', 'coco/bbox_mAP_50': 'box AP50'}
 EPOCHS = 12
 LR = 0.02  # at 2 images a step

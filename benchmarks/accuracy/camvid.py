@@ -10,6 +10,7 @@ import sn_openmmlab  # noqa: F401  (lets the config find mmseg's)
 from benchmarks.accuracy.data import ROOT, data_root
 
 NAME = 'CamVid'
+LICENCE = 'CamVid (Brostow et al., 2009), CC BY-NC 4.0: not for commercial use'
 METRICS = {'mIoU': 'mIoU', 'aAcc': 'pixel accuracy'}
 EPOCHS = 8
 LR = 0.01  # at 2 images a step

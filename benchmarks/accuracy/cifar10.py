@@ -22,6 +22,7 @@ from benchmarks.accuracy.classify import Classifier, Samples, norm_layer, settin
 from benchmarks.accuracy.data import data_root
 
 NAME = 'CIFAR-10 (JPEG copy)'
+LICENCE = 'CIFAR-10 (Krizhevsky, 2009), as JPEG; no licence stated'
 METRICS = {'accuracy': 'accuracy, %'}
 IMAGES = 64
 EPOCHS = 10

@@ -6,9 +6,10 @@ from benchmarks.accuracy import camvid
 from benchmarks.accuracy.camvid import METRICS
 from benchmarks.accuracy.lite0 import CHANNELS, NORMS, finetune
 
-__all__ = ['EPOCHS', 'LR', 'METRICS', 'NAME', 'NORMS', 'config']
+__all__ = ['EPOCHS', 'LICENCE', 'LR', 'METRICS', 'NAME', 'NORMS', 'config']
 
 NAME = 'CamVid, finetuned'
+LICENCE = f'{camvid.LICENCE}; start: EfficientNet-Lite0 of Google, Apache 2.0'
 EPOCHS = 8
 LR = 0.01  # at 2 images a step
 

@@ -17,6 +17,7 @@ from benchmarks.accuracy.classify import Classifier, Samples, norm_layer, settin
 from benchmarks.accuracy.data import data_root
 
 NAME = 'ModelNet10'
+LICENCE = 'ModelNet10 (Wu et al., 2015), for academic use'
 METRICS = {'accuracy': 'accuracy, %'}
 IMAGES = 32
 EPOCHS = 30

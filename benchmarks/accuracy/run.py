@@ -8,6 +8,7 @@ it goes on from the last whole epoch, and ends as if it had not been stopped (te
 A task is a module beside this one with
 
     NAME     what tables and plots call it
+    LICENCE  where the data are from, and their licence
     METRICS  the compared metrics, named as mmengine logs them, and what tables call them; the first is plotted
     EPOCHS   length of a training
     LR       learning rate, one for all norms, at
