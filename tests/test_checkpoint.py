@@ -696,6 +696,8 @@ class TestRefused:
             (['detector.pth', 'new.pth', '--to', 'mmseg'], 'a detector, which is for mmdet, not for mmseg'),
             (['--init-ratios', '0', '0', '1', 'good.pth', 'new.pth'], 'is for BatchNorm checkpoints'),
             (['--init-ratios', '0', '0', '2', 'bn.pth', 'new.pth'], 'init_ratios must be 3 .* sum to 1'),
+            (['--init-ratios', '0', '0', '1', 'no var.pth', 'new.pth'], "0 has values {'running_mean': 2, 'weight': 2"),
+            (['--init-ratios', '0', '0', '1', 'odd var.pth', 'new.pth'], "0 has values .*'running_var': 3"),
         ],
     )
     def test_wrong_input(self, argv, message, good, command, tmp_path, monkeypatch, capsys):
@@ -708,7 +710,10 @@ class TestRefused:
             save(good, tmp_path / f'{name}.pth')
         save({f'Conv_Body.conv_body.{key}': value for key, value in good.items()}, tmp_path / 'detector.pth')
         save(C1(512, 7).state_dict(), tmp_path / 'decoder.pth')
-        save(nn.Sequential(nn.BatchNorm2d(2)).state_dict(), tmp_path / 'bn.pth')
+        bn = nn.Sequential(nn.BatchNorm2d(2)).state_dict()
+        save(bn, tmp_path / 'bn.pth')
+        save({key: value for key, value in bn.items() if key != '0.running_var'}, tmp_path / 'no var.pth')
+        save(dict(bn, **{'0.running_var': torch.ones(3)}), tmp_path / 'odd var.pth')
         before = {path: path.stat() for path in tmp_path.rglob('*')}
         with pytest.raises(SystemExit) as ended:
             command(*argv)

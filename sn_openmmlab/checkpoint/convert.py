@@ -130,7 +130,7 @@ def convert_checkpoint(
             renamed = _convert_switch_norm(module, tensors, report)
         elif source == 'bn' and 'running_mean' in tensors:
             if init_ratios is not None:
-                started = _start_from_batch_norm(tensors, init_ratios)
+                started = _start_from_batch_norm(module, tensors, init_ratios)
                 result.update({f'{new}.{name}': started.pop(name) for name in _LOGITS})
                 tensors = {**tensors, **started}
             renamed = {name: (_rename_tensor(name), value) for name, value in tensors.items()}
@@ -236,8 +236,15 @@ def _rename_tensor(name: str) -> str:
     return f'bn.{name}' if name in _STATISTICS else name
 
 
-def _start_from_batch_norm(tensors: dict[str, Tensor], init_ratios: Sequence[float]) -> dict[str, Tensor]:
+def _start_from_batch_norm(module: str, tensors: dict[str, Tensor], init_ratios: Sequence[float]) -> dict[str, Tensor]:
     """Compute logits, weight and bias of a layer that starts from a BatchNorm's tensors."""
+    sizes = {
+        name: tensors[name].numel() for name in ('running_mean', 'running_var', 'weight', 'bias') if name in tensors
+    }
+    if 'running_var' not in sizes or len(set(sizes.values())) > 1:
+        raise ValueError(
+            f'{module} has values {sizes}; a BatchNorm has as many of running_mean as of running_var, weight and bias'
+        )
     layer = SwitchNorm(tensors['running_mean'].numel(), init_ratios=init_ratios)
     mean, var = tensors['running_mean'], tensors['running_var']
     return layer.start_from(tensors.get('weight'), tensors.get('bias'), mean, var)
