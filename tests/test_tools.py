@@ -278,6 +278,7 @@ def tool(monkeypatch):
     'name, argv, message',
     [
         ('train', ['none.py'], r"config 'none\.py' is no file"),
+        ('test', ['full/loop.py', 'det.py'], r'full/loop\.py inherits from itself'),
         ('train', ['det.py', '--resume', 'none.pth'], r"checkpoint 'none\.pth' is no file"),
         ('train', ['det.py', '--resume', '--work-dir', 'full'], r"that full/last_checkpoint names, '' is no file"),
         ('train', ['det.py', '--auto-scale-lr'], r'--auto-scale-lr: det\.py .*base_batch_size'),
@@ -313,6 +314,7 @@ def test_wrong_input_ends_before_any_work(place, tool, monkeypatch, capsys, name
         pytest.skip('has a GPU')
     Path('full').mkdir(exist_ok=True)
     Path('full/last_checkpoint').write_text('')  # as a full disk leaves it
+    Path('full/loop.py').write_text("_base_ = './loop.py'")
     before = sorted(place.rglob('*'))
     with pytest.raises(SystemExit) as ended:
         tool(name).main(argv)

@@ -61,7 +61,10 @@ def load_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Co
                 f'--cfg-options {key}: the variable norm_cfg was copied into the model when the config was read, so '
                 'that setting it now changes nothing; set model.backbone.norm_cfg.type and the like'
             )
-    cfg = Config.fromfile(args.config)
+    try:
+        cfg = Config.fromfile(args.config)
+    except RecursionError:
+        parser.error(f'{args.config} inherits from itself; follow its _base_ to see where')
     cfg.merge_from_dict(args.cfg_options)
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs', Path(args.config).stem))
