@@ -23,6 +23,7 @@ from benchmarks.accuracy.data import data_root
 
 NAME = 'CIFAR-10 (JPEG copy)'
 LICENCE = 'CIFAR-10 (Krizhevsky, 2009), as JPEG; no licence stated'
+TESTED = 10000  # samples
 METRICS = {'accuracy': 'accuracy, %'}
 IMAGES = 64
 EPOCHS = 10

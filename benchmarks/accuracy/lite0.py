@@ -63,6 +63,18 @@ NORMS = {
     'SN.05-frozen-x100': _way(_near(0.05), SN, frozen=True, logits=100),
 }
 
+LABELS = {  # of those that stand in README.md
+    'BN': 'BN, statistics move',
+    'BN-frozen': 'BN, frozen',
+    'BN-frozen+GN': 'BN, frozen; GN in neck and head',
+    'BN-frozen+SN': 'BN, frozen; SN in neck and head',
+    'SN-equal-plain': 'SN from equal ratios',
+    'SN-equal': 'SN from equal ratios, weights corrected for them',
+    'SN': 'SN from near BN, statistics move',
+    'SN-frozen': '**SN from near BN, frozen: the recipe**',
+    'SN-frozen-x10': "the recipe, logits at ten times the others' rate",
+}
+
 
 def finetune(cfg: Config, way: dict) -> None:
     """Put the pretrained backbone into a task's config, and set what the way says of it and of the optimizer."""

@@ -4,9 +4,9 @@ from mmengine.config import Config
 
 from benchmarks.accuracy import camvid
 from benchmarks.accuracy.camvid import METRICS
-from benchmarks.accuracy.lite0 import CHANNELS, NORMS, finetune
+from benchmarks.accuracy.lite0 import CHANNELS, LABELS, NORMS, finetune
 
-__all__ = ['EPOCHS', 'LICENCE', 'LR', 'METRICS', 'NAME', 'NORMS', 'config']
+__all__ = ['EPOCHS', 'LABELS', 'LICENCE', 'LR', 'METRICS', 'NAME', 'NORMS', 'config']
 
 NAME = 'CamVid, finetuned'
 LICENCE = f'{camvid.LICENCE}; start: EfficientNet-Lite0 of Google, Apache 2.0'

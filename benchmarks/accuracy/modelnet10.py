@@ -18,6 +18,7 @@ from benchmarks.accuracy.data import data_root
 
 NAME = 'ModelNet10'
 LICENCE = 'ModelNet10 (Wu et al., 2015), for academic use'
+TESTED = 908  # samples
 METRICS = {'accuracy': 'accuracy, %'}
 IMAGES = 32
 EPOCHS = 30

@@ -82,7 +82,7 @@ def tables(name: str, results: list[dict]) -> str:
         text += [
             '',
             f'{task.EPOCHS} epochs, learning rate {task.LR:g} for {default_images(task)} images a step; after the last '
-            'epoch; mean ± standard deviation (lowest to highest) of the seeds.',
+            'epoch; mean ± standard deviation (lowest to highest) of the seeds.' + _test_error(task),
             '',
             f'| norm | images per step | seeds | metric | {" | ".join(kinds)} |',
             '| :--- | ---: | ---: | :--- |' + ' ---: |' * len(kinds),
@@ -132,10 +132,9 @@ def summary(by_task: dict[str, list[dict]]) -> str:
     heads = [f'{task.NAME}, {next(iter(task.METRICS.values()))}' for task in map(load_task, by_task)]
     text = [f'| norm | {" | ".join(heads)} |', '| :--- |' + ' ---: |' * len(heads)]
     trained = {r['norm'] for results in by_task.values() for r in results}
-    by_name = {name: norm for task in by_task for name, norm in norms(load_task(task)).items()}
-    names = [name for name, norm in by_name.items() if norm.get('logits', 1) == 1]  # others are variants
-    for norm in filter(trained.__contains__, names):
-        row = [norm]
+    labels = {name: label for task in map(load_task, by_task) for name, label in labels_of(task).items()}
+    for norm in filter(trained.__contains__, labels):
+        row = [labels[norm]]
         for name, results in by_task.items():
             cells = [r for r in results if r['norm'] == norm]
             metric = next(iter(load_task(name).METRICS))
@@ -144,6 +143,12 @@ def summary(by_task: dict[str, list[dict]]) -> str:
             row.append((_spread(values) or 'diverged') + seeds if cells else 'not trained yet')
         text.append(f'| {" | ".join(row)} |')
     return '\n'.join(text)
+
+
+def labels_of(task) -> dict[str, str]:
+    """What a table of several tasks calls the norms that stand in it."""
+    labels = getattr(task, 'LABELS', None)
+    return {name: f'{label} (`{name}`)' for name, label in labels.items()} if labels else {n: n for n in norms(task)}
 
 
 def _value(result: dict, kind: str, metric: str) -> float | None:
@@ -158,8 +163,16 @@ def _spread(values: list[float | None]) -> str:
         return ''
     text = f'{statistics.mean(known):#.3g}'
     if len(known) > 1:
-        text += f' ± {statistics.stdev(known):#.3g} ({min(known):#.3g} to {max(known):#.3g})'
+        digits = len(text.partition('.')[2])  # of the mean, and then of all
+        text += f' ± {statistics.stdev(known):.{digits}f} ({min(known):.{digits}f} to {max(known):.{digits}f})'
     return text + (f', {len(values) - len(known)} diverged' if len(known) < len(values) else '')
+
+
+def _test_error(task) -> str:
+    """What the size of a classification task's test set leaves open."""
+    if not hasattr(task, 'TESTED'):
+        return ''
+    return f' The {task.TESTED} test samples leave a standard error of up to {50 / task.TESTED**0.5:.1f} % in each.'
 
 
 def _conditions(results: list[dict]) -> str:

@@ -14,6 +14,8 @@ A task is a module beside this one with
     LR       learning rate, one for all norms, at
     IMAGES   so many images a step; by default 2
     NORMS    what is compared, by name; by default this module's
+    LABELS   what README.md calls those that stand in its table; by default all, by their names
+    TESTED   how many samples an accuracy is of
     config(norm, images, lr, epochs)   mmengine Config of a value of NORMS: model, data, evaluator, optimizer and
                                        schedule, by epochs
 """
