@@ -648,7 +648,7 @@ BAD = {
     'meta': (lambda good, path: torch.save(dict(good, w=torch.ones(2, device='meta')), path), 'w is a meta tensor'),
     'quantized': (
         lambda good, path: torch.save(dict(good, w=torch.quantize_per_tensor(torch.ones(2), 1, 0, torch.qint8)), path),
-        'w is a quantized tensor' if VERSION >= (2, 6) else r'would run torch\._utils\._rebuild_qtensor',
+        r'(w is a quantized tensor|would run torch\._utils\._rebuild_qtensor)',  # by what this torch reads as data
     ),
     'control codes': (lambda good, path: torch.save({**good, 'w\x1b[2J': torch.ones(2)}, path), r"name 'w\\x1b\[2J'"),
     'odd size': (lambda good, path: torch.save({**good, 'sn1.bias': torch.ones(2)}, path), r'sn1\.bias has 2'),
@@ -733,7 +733,8 @@ class TestRefused:
             (tmp_path / 'new.pth').write_text('precious')
         command = f'ulimit -f 100; "$0" "{TOOLS}/convert_checkpoint.py" good.pth new.pth --force'
         done = subprocess.run(['bash', '-c', command, sys.executable], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 1 and done.stderr == 'error: new.pth not written: File too large\n'
+        assert done.returncode == 1 and 'Traceback' not in done.stderr
+        assert done.stderr.splitlines()[-1] == 'error: new.pth not written: File too large'  # torch 2.4 warns before
         assert sorted(p.name for p in tmp_path.iterdir()) == ['good.pth', *(['new.pth'] if there else [])]
         assert not there or (tmp_path / 'new.pth').read_text() == 'precious'
 
@@ -759,7 +760,7 @@ class TestRefused:
             # not ignored, as by what a shell or nohup starts in the background
             preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
         )  # fmt: skip
-        assert re.search(r'new\.pth\.\d+\.part', process.stdout.readline())
+        assert any(re.search(r'new\.pth\.\d+\.part', line) for line in iter(process.stdout.readline, ''))
         process.send_signal(number)
         said = process.communicate()[0]
         # by KeyboardInterrupt Python ends in either way

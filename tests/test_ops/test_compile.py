@@ -59,6 +59,7 @@ def assert_equal_steps(compiled, eager, x):
 
 
 @one_graph
+@pytest.mark.skipif(VERSION == (2, 4), reason="torch 2.4 cuts a compiled ResNet of mmdet short, with BatchNorm too")
 @pytest.mark.parametrize('training', [True, False])
 def test_resnet18_is_one_graph_for_all_sizes(training):
     eager = resnet18()
