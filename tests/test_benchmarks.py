@@ -92,3 +92,54 @@ def test_kernels_are_looked_up_once():
     if tuple(map(int, triton.__version__.split('.')[:2])) < (3, 3):
         pytest.skip('compiled kernels of older Triton take other arguments')
     assert without_interpreter('-c', COUNT_LOOK_UPS).split() == ['6', '5']  # combine serves forward and backward
+
+
+COMPARE_LAUNCHES = """
+from benchmarks.bench_host import NothingToLaunch, pretend_to_have_a_gpu
+pretend_to_have_a_gpu()
+import torch
+from sn_openmmlab.ops import switch_norm
+from sn_openmmlab.ops.backends.triton_kernels.launch import Chain
+
+def seen(args):
+    for a in args:
+        if isinstance(a, tuple):
+            yield list(seen(a))
+        elif isinstance(a, torch.Tensor):
+            yield a.data_ptr()
+        else:
+            yield None if type(a).__name__ in ('LazyDict', 'HookChain') else a  # what a profiler wants to know
+
+launched, compared, run = [], 0, Chain.run
+def twice(self, *args):
+    global compared
+    run(self, *args)
+    first = list(launched)
+    launched.clear()
+    run(self, *args)
+    assert self._known and launched == first, (first, launched)
+    compared += len(first)
+    launched.clear()
+
+NothingToLaunch.launch = lambda self, *args: launched.append(list(seen(args)))
+Chain.run = twice
+for shape in (2, 8, 5, 5), (3, 5, 7), (1, 4, 200, 300), (300, 40, 2, 2):
+    for affine in True, False:
+        x, logits = torch.randn(shape, requires_grad=True), torch.ones(3)
+        weight = torch.ones(shape[1]) if affine else None
+        mean, var, tracked = torch.zeros(shape[1]), torch.ones(shape[1]), torch.tensor(0)
+        for training in True, False:
+            args = logits, logits, weight, weight, mean, var, tracked
+            switch_norm(x, *args, training=training).sum().backward()
+            with torch.no_grad():
+                switch_norm(x, *args, training=training)
+print(compared)
+"""
+
+
+def test_launches_of_a_chain_are_those_of_triton():
+    """To the argument: after the first run a chain starts compiled kernels itself."""
+    triton = pytest.importorskip('triton', reason='Triton is not installed')
+    if tuple(map(int, triton.__version__.split('.')[:2])) < (3, 3):
+        pytest.skip('compiled kernels of older Triton take other arguments')
+    assert int(without_interpreter('-c', COMPARE_LAUNCHES)) > 100

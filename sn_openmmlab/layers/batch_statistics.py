@@ -106,19 +106,17 @@ def find_holder(bn: nn.Module) -> Any:
     )
 
 
-def read_statistics(bn: Any) -> dict[str, Any]:
-    """Read the arguments of :func:`.switch_norm` that ``bn`` determines, all but ``eps`` and ``group``."""
+def read_statistics(bn: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, bool, float | None]:
+    """Read running statistics, number of batches, ``training`` and ``momentum``, as :func:`.switch_norm` takes them."""
     # FrozenBatchNorm2d of torchvision, detectron2 and timm follow the training mode of the model, but have no momentum
     training = bn.training and hasattr(bn, 'momentum')
-    moved = not training or bn.track_running_stats
     buffers = bn._buffers
-    return dict(
-        running_mean=buffers['running_mean'] if moved else None,
-        running_var=buffers['running_var'] if moved else None,
-        num_batches_tracked=buffers.get('num_batches_tracked'),
-        training=training,
-        momentum=bn.momentum if training else 0.0,
-    )
+    if training and not bn.track_running_stats:
+        return None, None, None, True, bn.momentum
+    mean, var = buffers['running_mean'], buffers['running_var']
+    if not training:
+        return mean, var, None, False, 0.0
+    return mean, var, buffers.get('num_batches_tracked'), True, bn.momentum
 
 
 def get_group(bn: nn.Module) -> torch.distributed.ProcessGroup | None:

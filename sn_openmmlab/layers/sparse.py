@@ -84,10 +84,11 @@ class SparseSwitchNorm(SwitchNorm):
         if alone and learns and weight is not None:
             # the logits' gradient is 0, but DistributedDataParallel waits for it
             weight = weight + 0 * (self.mean_weight + self.var_weight).sum()
-        own = batch_statistics.read_statistics(bn) if alone == 'bn' else {}
-        if own and not own['training'] and own['running_mean'] is not None:
-            self._check_input_dim(x)
-            return F.batch_norm(x, own['running_mean'], own['running_var'], weight, self.bias, eps=bn.eps)
+        if alone == 'bn':
+            mean, var, _, training, _ = batch_statistics.read_statistics(bn)
+            if not training and mean is not None:
+                self._check_input_dim(x)
+                return F.batch_norm(x, mean, var, weight, self.bias, eps=bn.eps)
         # torch's group norm is slow on channels last, and some devices refuse parameters of another dtype
         if alone in ('in', 'ln') and x.is_contiguous() and x.dtype == self.mean_weight.dtype:
             self._check_input_dim(x)
@@ -106,13 +107,15 @@ class SparseSwitchNorm(SwitchNorm):
             taken = (self.importance_ratios != 0).any(0).tolist()  # NaN counts as used
             self._used = tuple(itertools.compress(self.normalizers, taken))
 
-    def _choose_normalizers(self) -> tuple[tuple[str, ...], Tensor, Tensor]:
+    def _choose(self) -> tuple[tuple[str, ...], Tensor, Tensor, Tensor | None, Tensor | None]:
+        _, mean_weight, var_weight, weight, bias = super()._choose()
+        logits = torch.stack([mean_weight, var_weight])
         if len(self._used) == 1:
-            return self._used, *(torch.stack([self.mean_weight, self.var_weight])[:, :1] * 0)
-        logits = softmax_of_sparsestmax(torch.stack([self.mean_weight, self.var_weight]), self.radius)
+            return self._used, *(logits[:, :1] * 0), weight, bias
+        logits = softmax_of_sparsestmax(logits, self.radius)
         if self._used != self.normalizers:
             logits = logits[:, [self.normalizers.index(name) for name in self._used]]
-        return self._used, *logits
+        return self._used, *logits, weight, bias
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load as SN does. A checkpoint of SN or BN has no ``radius``: this becomes 0, and logits their softmax."""

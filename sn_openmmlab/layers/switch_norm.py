@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
+from operator import itemgetter
 from typing import Any, NoReturn
 
 import torch
@@ -14,8 +15,9 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..ops import NORMALIZERS, switch_norm
+from ..ops.plan import quiet_in_traces
 from ..ops.sparsestmax import softmax_of_sparsestmax
-from ..ops.switch_norm import quiet_in_traces
+from ..ops.torch_versions import is_compiling
 from . import batch_statistics
 from .start import correct_for_blend, distribute_like, equal_ratios, start_ratios
 from .state_dict import (
@@ -26,6 +28,8 @@ from .state_dict import (
     refuse_authors_names,
     warn_of_no_statistics,
 )
+
+_LEARNED = itemgetter('mean_weight', 'var_weight', 'weight', 'bias')
 
 
 @MODELS.register_module('SN')
@@ -239,27 +243,33 @@ class SwitchNorm(nn.InstanceNorm2d):
     def _normalize(self, x: Tensor, bn: Any) -> Tensor:
         """Normalize with the batch statistics of ``bn``."""
         self._check_input_dim(x)
-        normalizers, mean_weight, var_weight = self._choose_normalizers()
-        parameters = mean_weight, var_weight, self.weight, self.bias
+        normalizers, *parameters = self._choose()
         if bn is None:
             return switch_norm(x, *parameters, eps=self._eps, normalizers=normalizers)
-        own = batch_statistics.read_statistics(bn)
-        group = self._find_group(bn) if own['training'] else None
-        # torch.compile up to 2.4 sees through no dict that is added to
-        return switch_norm(x, *parameters, eps=bn.eps, normalizers=normalizers, group=group, **own)
+        *running, training, momentum = batch_statistics.read_statistics(bn)
+        group = self._find_group(bn) if training else None
+        return switch_norm(
+            x, *parameters, *running,
+            training=training, momentum=momentum, eps=bn.eps, normalizers=normalizers, group=group,
+        )  # fmt: skip
 
     def _record_call(self, x: torch.fx.Proxy) -> torch.fx.Proxy:
         """Record this module as one call in a symbolic trace; its inside would fix the mode of the moment."""
         tracer: Any = x.tracer
         return tracer.create_proxy('call_module', tracer.path_of_module(self), (x,), {})
 
-    def _choose_normalizers(self) -> tuple[tuple[str, ...], Tensor, Tensor]:
-        """The normalizers to compute, and the logits of their importance ratios."""
-        return self.normalizers, self.mean_weight, self.var_weight
+    def _choose(self) -> tuple[tuple[str, ...], Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Choose the normalizers to compute, the logits of their importance ratios, and weight and bias."""
+        if not is_compiling():
+            try:
+                return self.normalizers, *_LEARNED(self._parameters)  # getattr takes four times as long
+            except KeyError:  # FSDP, pruning and parametrizations put something else in their place
+                pass
+        return self.normalizers, self.mean_weight, self.var_weight, self.weight, self.bias
 
     def _find_statistics(self) -> Any:
         """The module that holds the batch statistics; None without BN."""
-        bn = getattr(self, 'bn', None)
+        bn = self._modules.get('bn')
         return None if bn is None else batch_statistics.find_holder(bn)
 
     def _find_group(self, bn: nn.Module) -> dist.ProcessGroup | None:
@@ -281,8 +291,13 @@ class SwitchNorm(nn.InstanceNorm2d):
         if isinstance(bn, batch_statistics.BatchNorm2d):
             bn.belong_to(self)
 
-    @quiet_in_traces
     def _check_input_dim(self, x: Tensor) -> None:
+        shape, ranks = x.shape, self._num_dims
+        if torch.jit.is_tracing() or not ranks[0] <= len(shape) <= ranks[-1] or shape[1] != self.num_features:
+            self._check_shape(x)
+
+    @quiet_in_traces
+    def _check_shape(self, x: Tensor) -> None:
         if not self._num_dims[0] <= x.dim() <= self._num_dims[-1]:  # torch.compile of torch 2.4 misreads `not in`
             expected = ' or '.join(f'{rank}-D' for rank in self._num_dims)
             raise ValueError(f'{type(self).__name__} expects {expected} input, got shape {tuple(x.shape)}')

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import backends
-from .backends.interface import Parameters, Setting, Statistics
+from .backends.interface import Parameters, Setting, kept_sizes
 from .formula import moments_dtype
+from .plan import look_up
 from .run import backward, dense, forward, split_gradients
 
 
@@ -26,11 +27,10 @@ def switch_norm_compiled(
     setting: Setting,
     group,
 ) -> Tuple[Tensor, Tensor]:
-    """The output, and the moments of LN and BN with the number of pixels behind BN's."""
+    """The output, and the moments, at whose end are BN's and the number of pixels behind them."""
     names, eps, frozen = setting
     name = None if group is None else _name(group)
-    y, _, joint = _forward(x, *parameters, mean_bn, var_bn, ' '.join(names), eps, frozen, name)
-    return y, joint
+    return _forward(x, *parameters, mean_bn, var_bn, ' '.join(names), eps, frozen, name)
 
 
 def takes(device: torch.device, dtype: torch.dtype) -> bool:
@@ -50,6 +50,15 @@ def _group(name: Optional[str]):
     return None if name is None else dist.distributed_c10d._resolve_process_group(name)
 
 
+def _plan(arguments: tuple, normalizers: str, eps: float, frozen: bool, group: Optional[str]):
+    """The plan of a call whose running statistics are moved by others."""
+    names = tuple(normalizers.split())
+    plan, addresses = look_up(arguments, names, eps, not frozen, 0.0, group is None)
+    if plan.backend is None:
+        plan = plan._replace(backend=backends.choose(arguments[0].device, arguments[0].dtype))
+    return plan, addresses
+
+
 def _forward_real(
     x: Tensor,
     mean_weight: Tensor,
@@ -62,11 +71,10 @@ def _forward_real(
     eps: float,
     frozen: bool,
     group: Optional[str],
-) -> Tuple[Tensor, Tensor, Tensor]:
-    statistics = None if mean_bn is None else Statistics(mean_bn, var_bn)
-    setting = Setting(tuple(normalizers.split()), eps, frozen)
-    backend = backends.choose(x.device, x.dtype)
-    return forward(x, Parameters(mean_weight, var_weight, weight, bias), statistics, setting, _group(group), backend)
+) -> Tuple[Tensor, Tensor]:
+    arguments = x, mean_weight, var_weight, weight, bias, mean_bn, var_bn, None
+    plan, addresses = _plan(arguments, normalizers, eps, frozen, group)
+    return forward(plan, arguments, addresses, 0.0, _group(group))
 
 
 def _backward_real(
@@ -76,16 +84,15 @@ def _backward_real(
     var_weight: Tensor,
     weight: Optional[Tensor],
     bias: Optional[Tensor],
-    moments: Tensor,
-    joint: Tensor,
+    kept: Tensor,
     normalizers: str,
     eps: float,
     frozen: bool,
     group: Optional[str],
 ) -> Tuple[Tensor, Tensor]:
-    setting = Setting(tuple(normalizers.split()), eps, frozen)
-    parameters = Parameters(mean_weight, var_weight, weight, bias)
-    return backward(dy, x, moments, joint, parameters, setting, _group(group), backends.choose(x.device, x.dtype))
+    parameters = mean_weight, var_weight, weight, bias
+    plan, _ = _plan((x, *parameters, None, None, None), normalizers, eps, frozen, group)
+    return backward(plan, dy, x, parameters, kept, _group(group))
 
 
 _forward = torch.library.custom_op('sn_openmmlab::switch_norm', _forward_real, mutates_args=())
@@ -94,29 +101,29 @@ _backward = torch.library.custom_op('sn_openmmlab::switch_norm_backward', _backw
 
 @_forward.register_fake
 def _(x, mean_weight, var_weight, weight, bias, mean_bn, var_bn, normalizers, eps, frozen, group):
-    n, c = x.shape[:2]
-    moments = x.new_empty((2, n, c), dtype=moments_dtype(x.dtype))
-    return torch.empty_like(dense(x)), moments, x.new_empty(2 * n + 2 * c + 1, dtype=torch.float64)
+    kept = sum(kept_sizes(*x.shape[:2], x.dtype))
+    return torch.empty_like(dense(x)), x.new_empty(kept, dtype=torch.float64)
 
 
 @_backward.register_fake
-def _(dy, x, mean_weight, var_weight, weight, bias, moments, joint, normalizers, eps, frozen, group):
-    return torch.empty_like(dense(x)), moments.new_empty(2 * (x.shape[1] + mean_weight.shape[0]))
+def _(dy, x, mean_weight, var_weight, weight, bias, kept, normalizers, eps, frozen, group):
+    small = 2 * (x.shape[1] + mean_weight.shape[0])
+    return torch.empty_like(dense(x)), x.new_empty(small, dtype=moments_dtype(x.dtype))
 
 
 def _keep(ctx, inputs, output) -> None:
     *tensors, _, _, ctx.normalizers, ctx.eps, ctx.frozen, ctx.group = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.save_for_backward(*tensors, output[1])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, dy, *_):
-    x, *parameters, moments, joint = ctx.saved_tensors
+def _differentiate(ctx, dy, _):
+    x, *parameters, kept = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(x)
     setting = ctx.normalizers, ctx.eps, ctx.frozen, ctx.group
-    dx, small = _backward(dy, x, *parameters, moments, joint, *setting)
-    return dx, *split_gradients(small, Parameters(*parameters)), *[None] * 6
+    dx, small = _backward(dy, x, *parameters, kept, *setting)
+    return dx, *split_gradients(small, parameters), *[None] * 6
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)

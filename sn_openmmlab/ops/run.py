@@ -1,6 +1,6 @@
-"""Forward and backward of the op on a backend.
+"""Forward and backward of the op by a plan: a backend's program, or its parts one after the other.
 
-The two sums over processes that synchronised statistics need stand here, between the parts of a backend.
+The two sums over processes that synchronised statistics need stand here, between the parts.
 """
 
 from __future__ import annotations
@@ -11,14 +11,50 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .backends.interface import Backend, Parameters, Setting, Statistics
+from .backends.interface import Backend, Parameters, Setting, Statistics, kept_sizes
 from .formula import moments_dtype
+from .plan import Plan, describe, statistics_of
 
 
 def forward(
+    plan: Plan, arguments: tuple, addresses: list[int], momentum: float | None, group, keep: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The output; and what backward, if it is to follow, needs besides the arguments: see :func:`.kept_sizes`."""
+    if plan.program is not None:
+        return plan.program.forward(arguments, addresses, momentum, keep)
+    assert plan.backend is not None
+    statistics = statistics_of(arguments, momentum, plan.setting)
+    return _forward(arguments[0], Parameters(*arguments[1:5]), statistics, plan.setting, group, plan.backend)
+
+
+def backward(plan: Plan, dy: Tensor, x: Tensor, parameters: tuple, kept: Tensor, group) -> tuple[Tensor, Tensor]:
+    """The gradient of the input; and in one tensor, in the dtype of the moments, those of weight, bias and logits."""
+    if plan.program is not None:
+        dy = _like(dy, x)
+        mean_weight, var_weight, weight, _ = parameters
+        tensors = (dy, x, kept, mean_weight, var_weight, weight)[: 5 if weight is None else 6]
+        addresses = [t.data_ptr() for t in tensors]
+        # what was true of them in the forward pass need not be any more
+        if describe(*tensors) == plan.backward and 0 not in addresses:
+            return plan.program.backward(tensors, addresses)
+    assert plan.backend is not None
+    moments, joint = _separate(kept, x)
+    return _backward(dy, x, moments, joint, Parameters(*parameters), plan.setting, group, plan.backend)
+
+
+def split_gradients(small: Tensor, parameters: tuple) -> list[Tensor | None]:
+    """The gradients of ``parameters``, in their dtypes, of those that :func:`backward` returns in one tensor."""
+    k = parameters[0].shape[0]
+    c = small.shape[0] // 2 - k
+    dweight, dbias, dmean_weight, dvar_weight = small.split_with_sizes([c, c, k, k])
+    grads = zip(parameters, (dmean_weight, dvar_weight, dweight, dbias))
+    dtype = small.dtype
+    return [None if p is None else grad if p.dtype == dtype else grad.to(p.dtype) for p, grad in grads]
+
+
+def _forward(
     x: Tensor, parameters: Parameters, statistics: Statistics | None, setting: Setting, group, backend: Backend
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The output; and the moments of IN, and those of LN and BN, which backward needs."""
+) -> tuple[Tensor, Tensor]:
     x, size = dense(x), _size(x)
     if not x.numel():
         return _empty_forward(x, parameters, statistics, setting, group, backend)
@@ -28,7 +64,7 @@ def forward(
         shared = backend.pool(moments, size)
         dist.all_reduce(shared, group=group)
     coefficients, joint = backend.coefficients(moments, size, shared, parameters, statistics, setting)
-    return backend.affine(x, moments, coefficients), moments, joint
+    return backend.affine(x, moments, coefficients), _keep(moments, joint)
 
 
 def _empty_forward(x, parameters, statistics, setting, group, backend):
@@ -42,10 +78,10 @@ def _empty_forward(x, parameters, statistics, setting, group, backend):
         # the kernels of the other processes, so that running statistics stay equal to the bit; for one sample or more
         stand_in = moments.new_zeros((2, max(n, 1), c))
         joint = backend.coefficients(stand_in, 1, shared, parameters, statistics, setting)[1][-len(joint) :]
-    return torch.empty_like(x), moments, joint
+    return torch.empty_like(x), _keep(moments, joint)
 
 
-def backward(
+def _backward(
     dy: Tensor,
     x: Tensor,
     moments: Tensor,
@@ -55,7 +91,6 @@ def backward(
     group,
     backend: Backend,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of the input; and in one tensor, in the dtype of the moments, those of weight, bias and logits."""
     x, size = dense(x), _size(x)
     if not x.numel():
         if group is not None:
@@ -71,13 +106,18 @@ def backward(
     return backend.combine(dy, x, moments, coefficients), small
 
 
-def split_gradients(small: Tensor, parameters: Parameters) -> list[Tensor | None]:
-    """The gradients of ``parameters``, in their dtypes, of those that :func:`backward` returns in one tensor."""
-    k = parameters.mean_weight.shape[0]
-    c = small.shape[0] // 2 - k
-    dweight, dbias, dmean_weight, dvar_weight = small.split([c, c, k, k])
-    grads = zip(parameters, (dmean_weight, dvar_weight, dweight, dbias))
-    return [None if p is None else grad.to(p.dtype) for p, grad in grads]
+def _keep(moments: Tensor, joint: Tensor) -> Tensor:
+    """Both in one tensor."""
+    doubles = moments.flatten().view(torch.float64)
+    return torch.cat([doubles, doubles.new_zeros(len(doubles) % 2), joint])
+
+
+def _separate(kept: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Both of one tensor."""
+    n, c = x.shape[:2]
+    joint = kept[kept_sizes(n, c, x.dtype)[0] :]
+    moments = kept.view(moments_dtype(x.dtype))[: 2 * n * c]
+    return moments.view(2, n, c), joint
 
 
 def dense(x: Tensor) -> Tensor:

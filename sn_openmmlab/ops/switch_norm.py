@@ -6,18 +6,14 @@ two operators (:mod:`.compiled`). Only the input and (N, C)-sized tensors are ke
 
 from __future__ import annotations
 
-import functools
-import warnings
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import backends
 from .backends import algebra
-from .backends.interface import Parameters, Setting, Statistics
-from .formula import NORMALIZERS, moments_dtype, switch_norm_graph, switch_norm_reference
+from .backends.interface import Setting
+from .formula import NORMALIZERS, switch_norm_graph, switch_norm_reference
+from .plan import Arguments, check, look_up, statistics_of
 from .run import backward, forward, split_gradients
 from .torch_versions import VERSION, count_dispatch_modes, is_compiling, is_exporting
 
@@ -26,7 +22,7 @@ if VERSION >= (2, 7):
 else:
     compiled = None  # an export, which is to have no operators but torch's, looks like a compilation there
 
-_PLAIN = {Tensor, torch.nn.Parameter}
+_is_tracing, _are_transforms_active = torch._C._is_tracing, torch._C._are_functorch_transforms_active
 
 
 def switch_norm(
@@ -87,26 +83,32 @@ def switch_norm(
         >>> switch_norm(torch.randn(2, 8, 5, 5), logits, logits, training=True).shape
         torch.Size([2, 8, 5, 5])
     """
-    _check(
-        x, mean_weight, var_weight, weight, bias, running_mean, running_var, num_batches_tracked, momentum, normalizers
-    )
+    arguments = x, mean_weight, var_weight, weight, bias, running_mean, running_var, num_batches_tracked
     batch = 'bn' in normalizers and (training or running_mean is None)
-    group = group if batch else None
-    parameters = Parameters(mean_weight, var_weight, weight, bias)
-    statistics = None
-    if 'bn' in normalizers and running_mean is not None:
-        statistics = Statistics(running_mean, running_var, num_batches_tracked, momentum)
-    setting = Setting(normalizers, eps, not batch)
+    if not batch:
+        group = None
+    if not (is_compiling() or _is_tracing() or _is_transformed()):
+        plan, addresses = look_up(arguments, normalizers, eps, batch, momentum, group is None)
+        if plan.backend is not None:
+            if torch.is_grad_enabled():
+                call = plan, arguments[5:], addresses, momentum, group
+                return _apply(x, mean_weight, var_weight, weight, bias, call)
+            return forward(plan, arguments, addresses, momentum, group, False)[0]
+    else:
+        check(Arguments(*arguments), momentum, normalizers)
+    return _switch_norm(Arguments(*arguments), momentum, Setting(normalizers, eps, not batch), group)
 
-    backend = _choose_backend(x, *parameters, running_mean, running_var)
-    if backend is not None:
-        args = x, *parameters, statistics, setting, group, backend
-        return _SwitchNorm.apply(*args) if torch.is_grad_enabled() else forward(x, parameters, *args[5:])[0]
-    mean_bn, var_bn = (None, None) if batch else (running_mean, running_var)
+
+def _switch_norm(arguments: Arguments, momentum: float | None, setting: Setting, group) -> Tensor:
+    """Where there are no kernels, or others than these have to see what is computed."""
+    x, *parameters = arguments[:5]
+    normalizers, eps, frozen = setting
+    statistics = statistics_of(arguments, momentum, setting)
+    mean_bn, var_bn = (arguments.running_mean, arguments.running_var) if frozen else (None, None)
     if is_compiling() and not is_exporting() and compiled is not None and compiled.takes(x.device, x.dtype):
-        y, joint = compiled.switch_norm_compiled(x, parameters, mean_bn, var_bn, setting, group)
-        used = joint, joint[-1]
-    elif not batch and (torch.jit.is_tracing() or is_exporting()):
+        y, kept = compiled.switch_norm_compiled(x, arguments.parameters, mean_bn, var_bn, setting, group)
+        used = kept, kept[-1]
+    elif frozen and (torch.jit.is_tracing() or is_exporting()):
         return switch_norm_graph(x, *parameters, mean_bn, var_bn, normalizers, eps)
     elif group is not None:
         raise RuntimeError(
@@ -116,7 +118,7 @@ def switch_norm(
     else:
         y, mean, var = switch_norm_reference(x, *parameters, mean_bn, var_bn, normalizers, eps)
         used = None if mean is None else torch.cat([mean, var, mean.new_zeros(1)]), x.numel() // max(x.shape[1], 1)
-    if batch and statistics is not None:
+    if statistics is not None and not frozen:
         with torch.no_grad():
             algebra.update(statistics, *used)
     return y
@@ -124,27 +126,27 @@ def switch_norm(
 
 class _SwitchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, mean_weight, var_weight, weight, bias, statistics, setting, group, backend):
-        parameters = Parameters(mean_weight, var_weight, weight, bias)
-        y, moments, joint = forward(x, parameters, statistics, setting, group, backend)
-        ctx.save_for_backward(x, *parameters, moments, joint)
-        ctx.setting, ctx.group, ctx.backend = setting, group, backend
+    def forward(ctx, x, mean_weight, var_weight, weight, bias, call):
+        plan, statistics, addresses, momentum, group = call
+        arguments = x, mean_weight, var_weight, weight, bias, *statistics
+        y, kept = forward(plan, arguments, addresses, momentum, group)
+        ctx.save_for_backward(x, mean_weight, var_weight, weight, bias, kept)
+        ctx.plan, ctx.group = plan, group
         return y
 
     @staticmethod
     def backward(ctx, dy):
         # zeros where the output took no part: the other ranks of a group wait for this one
         dy = _materialized(dy)
-        seen_through = torch.is_grad_enabled() or _is_transformed() or not _have_memory(dy)
-        grads = _differentiable_backward(ctx, dy) if seen_through else _backward(ctx, dy)
-        return *grads, None, None, None, None
+        if torch.is_grad_enabled() or _is_transformed() or not _has_memory(dy):
+            return *_differentiable_backward(ctx, dy), None
+        x, *parameters, kept = ctx.saved_tensors
+        dx, small = backward(ctx.plan, dy, x, parameters, kept, ctx.group)
+        return dx, *split_gradients(small, parameters), None
 
 
-def _backward(ctx, dy):
-    x, *parameters, moments, joint = ctx.saved_tensors
-    parameters = Parameters(*parameters)
-    dx, small = backward(dy, x, moments, joint, parameters, ctx.setting, ctx.group, ctx.backend)
-    return dx, *split_gradients(small, parameters)
+# torch's own, without what it does for transforms, which do not come here
+_apply = super(torch.autograd.Function, _SwitchNorm).apply
 
 
 def _differentiable_backward(ctx, dy):
@@ -154,46 +156,32 @@ def _differentiable_backward(ctx, dy):
             'switch_norm has no double backward, and no transform of its backward, with synchronised statistics; use '
             'SN in place of SyncSN'
         )
-    inputs, joint, mean_bn, var_bn = ctx.saved_tensors[:5], ctx.saved_tensors[6], None, None
-    if ctx.setting.frozen:
-        mean_bn, var_bn = joint[-2 * inputs[0].shape[1] - 1 : -1].view(2, -1)
+    *inputs, kept = ctx.saved_tensors
+    mean_bn, var_bn = None, None
+    normalizers, eps, frozen = ctx.plan.setting
+    if frozen:
+        mean_bn, var_bn = kept[-2 * inputs[0].shape[1] - 1 : -1].view(2, -1)
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # views, so that the gradients end here and do not follow what the inputs were computed from
         inputs = [None if t is None else t.view_as(t) for t in inputs]
         wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad) if needed]
-        y = switch_norm_reference(*inputs, mean_bn, var_bn, *ctx.setting[:2])[0]
+        y = switch_norm_reference(*inputs, mean_bn, var_bn, normalizers, eps)[0]
         grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph))
     return [next(grads) if needed else None for needed in ctx.needs_input_grad[:5]]
 
 
-def _choose_backend(x: Tensor, *others: Tensor | None):
-    """The module whose passes to run, or None for the reference."""
-    if (
-        is_compiling()
-        or torch.jit.is_tracing()
-        or _is_transformed()
-        or x.device.type in ('meta', 'mps')  # no values, no float64
-        or not _have_memory(x, *others)
-    ):
-        return None
-    return backends.choose(x.device, x.dtype)
-
-
 def _is_transformed() -> bool:
     """Whether somebody has to see each operation: torch.func, forward-mode AD, modes as make_fx's or fake tensors'."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or count_dispatch_modes() > 0
+    return _are_transforms_active() or forward_ad._current_level >= 0 or count_dispatch_modes() > 0
 
 
-def _have_memory(*tensors: Tensor | None) -> bool:
-    """Whether all elements are what lies at an address; not so of meta tensors, fake, batched and distributed ones."""
+def _has_memory(t: Tensor) -> bool:
+    """Whether its elements are what lies at an address; not so of fake, batched and distributed tensors."""
     try:
-        for t in tensors:
-            if t is not None and (type(t) not in _PLAIN or t.is_neg() or (t.data_ptr() == 0 and t.numel() > 0)):
-                return False
+        return type(t) is Tensor and (t.data_ptr() != 0 or t.numel() == 0)
     except RuntimeError:  # a wrapper without an address
         return False
-    return True
 
 
 def _materialized(t: Tensor) -> Tensor:
@@ -201,55 +189,3 @@ def _materialized(t: Tensor) -> Tensor:
     if t.is_neg() or t._is_zerotensor():
         return torch.zeros(t.shape, dtype=t.dtype, device=t.device).add_(t)
     return t
-
-
-def quiet_in_traces(check: Callable) -> Callable:
-    """Decorate a check of shapes: TorchScript's tracer warns of what it does not record, and this it need not."""
-
-    @functools.wraps(check)
-    def wrapper(*args):
-        if not torch.jit.is_tracing():
-            return check(*args)
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore', torch.jit.TracerWarning)
-            return check(*args)
-
-    return wrapper
-
-
-@quiet_in_traces
-def _check(
-    x, mean_weight, var_weight, weight, bias, running_mean, running_var, num_batches_tracked, momentum, normalizers
-) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f'switch_norm got {x.dtype} input; convert it to a floating-point dtype, e.g. by x.float()')
-    if x.dim() < 2:
-        raise ValueError(f'switch_norm expects input of shape (N, C, *), got {tuple(x.shape)}')
-    if (weight is None) != (bias is None) or (running_mean is None) != (running_var is None):
-        raise ValueError('switch_norm takes weight and bias together, and running_mean and running_var together')
-    if momentum is None and running_mean is not None and num_batches_tracked is None:
-        raise ValueError('switch_norm with momentum=None averages by num_batches_tracked; pass it, or a momentum')
-    logits, channels, device = (len(normalizers),), (x.shape[1],), x.device
-    for name, tensor, shape in (
-        ('mean_weight', mean_weight, logits),
-        ('var_weight', var_weight, logits),
-        ('weight', weight, channels),
-        ('bias', bias, channels),
-        ('running_mean', running_mean, channels),
-        ('running_var', running_var, channels),
-    ):
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise ValueError(
-                f'{name} has shape {tuple(tensor.shape)} where {shape} was expected, '
-                f'for input of shape {tuple(x.shape)} and normalizers {normalizers}'
-            )
-        if tensor.device != device:
-            raise ValueError(
-                f'{name} is on {tensor.device} and the input on {device}; move one, e.g. by layer.to(x.device)'
-            )
-        if tensor.dtype != x.dtype and tensor.dtype != moments_dtype(x.dtype):
-            raise TypeError(
-                f'{name} is {tensor.dtype} and the input is {x.dtype}; convert one, e.g. by layer.to(x.dtype)'
-            )

@@ -2,7 +2,16 @@
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')
+
+
+@pytest.fixture(autouse=True)
+def forget_plans():
+    """Tests change what nothing else changes in a process."""
+    from sn_openmmlab.ops import plan
+
+    plan._plans.clear()

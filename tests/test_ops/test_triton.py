@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sn_openmmlab.ops import NORMALIZERS, backends, switch_norm
+from sn_openmmlab.ops import NORMALIZERS, backends, plan, switch_norm
 from sn_openmmlab.ops.backends import native
 
 triton = pytest.importorskip('triton', reason='Triton is not installed')
@@ -48,18 +48,19 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 def way(request, monkeypatch):
     take(request.param, monkeypatch)
     yield
-    triton_algebra._plans.cache_clear()
+    triton_algebra.plans.cache_clear()
 
 
 def take(way, monkeypatch):
     """Bring about what the shapes of real networks do, on small ones."""
+    plan._plans.clear()
     if way == 'packed':  # many maps to a program, as where there are far more maps than processors
         monkeypatch.setattr(passes, '_processors', lambda device: 1)
     elif way == 'split':  # the tiles of a map shared out to several programs
         monkeypatch.setattr(passes, 'reduction_plan', functools.partial(passes.reduction_plan, tile=8))
     elif way == 'by row and column':  # algebra too large for one program
         monkeypatch.setattr(triton_algebra, '_ALONE', 1)
-        triton_algebra._plans.cache_clear()
+        triton_algebra.plans.cache_clear()
     elif way == 'torch algebra':  # too large for that as well
         monkeypatch.setattr(triton_algebra, '_LONGEST', 0)
 
@@ -135,7 +136,7 @@ def test_every_choice_of_normalizers(names, training, monkeypatch):
         take(way, monkeypatch)
         x, dy = (rand(3, 5, 3, 2, seed=s) for s in (7, 8))
         check(x, dy, names, training=training)
-    triton_algebra._plans.cache_clear()
+    triton_algebra.plans.cache_clear()
 
 
 def test_without_weight_and_bias(monkeypatch):
@@ -241,18 +242,18 @@ def _offsets_kernel(
 _block, _part, _tile = passes._block, passes._part, passes._tile
 
 
-def offsets(plan, most):
-    out = torch.full((plan.programs, most, plan.arguments['ROWS'], plan.arguments['PIXELS']), -1, device=DEVICE)
-    launch(_offsets_kernel, plan, (out,), most)
+def offsets(made, most):
+    out = torch.full((made.programs, most, made.arguments['ROWS'], made.arguments['PIXELS']), -1, device=DEVICE)
+    launch(_offsets_kernel, made, (out,), most)
     return out.cpu()
 
 
-@pytest.mark.parametrize('plan', [passes.reduction_plan, passes.map_plan])
+@pytest.mark.parametrize('make', [passes.reduction_plan, passes.map_plan])
 @pytest.mark.parametrize('channels_last', [False, True], ids=['nchw', 'nhwc'])
-def test_plans_cover_every_element_once(plan, channels_last):
+def test_plans_cover_every_element_once(make, channels_last):
     for n, c, size in (2, 3, 35), (3, 5, 1), (1, 1, 100), (1, 9, 64):
         for processors, tile in (1, 64), (132, 16):
-            made = plan(n, c, size, channels_last, 4, processors, tile=tile)
+            made = make(n, c, size, channels_last, 4, processors, tile=tile)
             found = offsets(made, made.arguments['tiles'])
             assert found[found >= 0].sort().values.tolist() == list(range(n * c * size))
 
@@ -265,8 +266,8 @@ def test_offsets_beyond_32_bits(n, c, size, channels_last):
     length, groups = (c, n) if channels_last else (n * c, 1)
     parts = -(-size // (tiles * pixels))
     sizes = dict(maps=n * c, length=length, size=size, parts=parts, tiles=tiles, ROWS=rows, PIXELS=pixels)
-    plan = Plan(groups * -(-length // rows) * parts, **sizes, VECTOR=1, CHANNELS_LAST=channels_last)
-    found = offsets(plan, 1).view(groups, -1, parts, rows, pixels)
+    made = Plan(groups * -(-length // rows) * parts, **sizes, VECTOR=1, CHANNELS_LAST=channels_last)
+    found = offsets(made, 1).view(groups, -1, parts, rows, pixels)
 
     pixel = torch.arange(parts)[:, None, None] * tiles * pixels + torch.arange(pixels)  # (parts, 1, pixels)
     if channels_last:
@@ -292,8 +293,8 @@ def test_offsets_beyond_32_bits(n, c, size, channels_last):
     ],
 )
 def test_plans_of_real_shapes(n, c, size, channels_last):
-    for itemsize, plan in itertools.product([2, 4, 8], [passes.reduction_plan, passes.map_plan]):
-        made = plan(n, c, size, channels_last, itemsize, 132)
+    for itemsize, make in itertools.product([2, 4, 8], [passes.reduction_plan, passes.map_plan]):
+        made = make(n, c, size, channels_last, itemsize, 132)
         programs, p = made.programs, made.arguments
         length, groups = (c, n) if channels_last else (n * c, 1)
         blocks, pixels = -(-length // p['ROWS']), p['tiles'] * p['PIXELS']

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -34,6 +35,36 @@ class Setting(NamedTuple):
     normalizers: tuple[str, ...]
     eps: float
     frozen: bool  # BN's moments are given, and constants
+
+
+def kept_sizes(n: int, c: int, dtype: torch.dtype) -> tuple[int, int]:
+    """What backward needs of the forward pass are the moments and ``joint`` (see :class:`Backend`), in one tensor.
+
+    Returns:
+        The number of float64 that the moments of (N, C) maps of ``dtype`` take, an even one since kernels read 16 bytes
+        at once; and that of ``joint``, which follows.
+    """
+    moments = 2 * n * c if dtype == torch.float64 else n * c
+    return moments + moments % 2, 2 * (n + c) + 1
+
+
+class Program(Protocol):
+    """The whole op on one process, for tensors that look like those that it was made for. Addresses are theirs."""
+
+    def forward(
+        self, arguments: tuple, addresses: list[int], momentum: float | None, keep: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The output; and what backward needs, see :func:`kept_sizes`, or where it is not to be kept anything.
+
+        Arguments are x, mean_weight, var_weight, weight, bias, running_mean, running_var and num_batches_tracked; the
+        address of what is None is 0.
+        """
+
+    def backward(self, tensors: tuple, addresses: list[int]) -> tuple[Tensor, Tensor]:
+        """The gradient of x, and in one tensor (2C + 2K,) those of weight, bias, mean_weight and var_weight.
+
+        Tensors are dy, x, what forward kept, mean_weight, var_weight and, if there is one, weight.
+        """
 
 
 class Backend(Protocol):
@@ -91,3 +122,8 @@ class Backend(Protocol):
 
     def combine(self, dy: Tensor, x: Tensor, moments: Tensor, coefficients: Tensor) -> Tensor:
         """Pass 4: ``b1*(x - mean) + b0 + a*dy``."""
+
+    def prepare(
+        self, x: Tensor, parameters: Parameters, statistics: Statistics | None, setting: Setting
+    ) -> Program | None:
+        """The parts above in one, for tensors that look like these; None where there is nothing to gain."""

@@ -45,6 +45,10 @@ def combine(dy: Tensor, x: Tensor, moments: Tensor, coefficients: Tensor) -> Ten
     return _alone(_combine(_maps(dy), _maps(x), moments[0], *coefficients), x)
 
 
+def prepare(*_) -> None:
+    """There is no one operation that does it all."""
+
+
 def _maps(x: Tensor) -> Tensor:
     """Any rank as (N, C, S)."""
     return x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)

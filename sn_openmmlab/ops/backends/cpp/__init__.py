@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import algebra
-from ..interface import Parameters, Setting, Statistics
+from ..interface import Parameters, Setting, Statistics, kept_sizes
 from .load import library
 
 
@@ -112,7 +112,9 @@ def gradients(
     return out, small
 
 
-_block = struct.Struct('8q2d13q').pack  # as Arguments in algebra.cpp
+# Arguments in algebra.cpp: what does not change from call to call, and what does
+_constants = struct.Struct('9qd').pack
+_others = struct.Struct('qd16q').pack
 _NOTHING = Parameters(None, None, None, None)
 
 
@@ -126,9 +128,56 @@ def _run(
         places = _places(names)
     parameters = [None if t is None else _dense(t) for t in parameters]  # kept until the call is over
     mean, var, tracked, momentum = statistics or Statistics(None, None)
-    numbers = *moments.shape[1:], size, torch.get_num_threads(), *places, frozen, eps
-    tensors = moments, joint, shared, out, sums, small, *parameters, mean, var, tracked
-    getattr(library(), name)(_block(*numbers, -1 if momentum is None else momentum, *map(_address, tensors)))
+    constants = _constants(*moments.shape[1:], size, *places, frozen, False, False, eps)
+    tensors = None, *parameters, mean, var, tracked, None, None, moments, joint, shared, out, sums, small
+    others = _others(torch.get_num_threads(), -1 if momentum is None else momentum, *map(_address, tensors))
+    getattr(library(), name)(constants + others)
+
+
+class _Program:
+    """The whole op in one call each way."""
+
+    def __init__(self, x: Tensor, logits: int, setting: Setting) -> None:
+        n, c = x.shape[:2]
+        names, eps, frozen = setting
+        layout = not x.is_contiguous(), x.dtype == torch.bfloat16
+        self._constants = _constants(n, c, x.numel() // (n * c), *_places(names), frozen, *layout, eps)
+        moments, joint = kept_sizes(n, c, x.dtype)
+        self._joint, self._kept, self._small = 8 * moments, moments + joint, 2 * (c + logits)
+        self._forward, self._backward = library().sn_forward, library().sn_backward
+
+    def forward(
+        self, arguments: tuple, addresses: list[int], momentum: float | None, keep: bool
+    ) -> tuple[Tensor, Tensor]:
+        y = torch.empty_like(arguments[0])
+        kept = torch.empty(self._kept, dtype=torch.float64, device='cpu')
+        moments = kept.data_ptr()
+        out = y.data_ptr(), moments, moments + self._joint
+        numbers = torch.get_num_threads(), -1 if momentum is None else momentum
+        self._forward(self._constants + _others(*numbers, *addresses, 0, *out, 0, 0, 0, 0))
+        return y, kept
+
+    def backward(self, tensors: tuple, addresses: list[int]) -> tuple[Tensor, Tensor]:
+        dx, small = torch.empty_like(tensors[1]), torch.empty(self._small, dtype=torch.float32, device='cpu')
+        dy, x, moments, mean_weight, var_weight, *weight = addresses
+        weight = weight[0] if weight else 0
+        others = _others(
+            torch.get_num_threads(), 0, x, mean_weight, var_weight, weight, 0, 0, 0, 0, dy, dx.data_ptr(),
+            moments, moments + self._joint, 0, 0, 0, small.data_ptr(),
+        )  # fmt: skip
+        self._backward(self._constants + others)
+        return dx, small
+
+
+def prepare(x: Tensor, parameters: Parameters, statistics: Statistics | None, setting: Setting) -> _Program | None:
+    """The whole op in one call each way, where nothing has to be converted."""
+    if statistics is not None and not _is_plain(statistics):
+        return None
+    if not all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in parameters):
+        return None
+    if not (x.is_contiguous() or x.movedim(1, -1).is_contiguous()):
+        return None
+    return _Program(x, len(setting.normalizers), setting)
 
 
 def _is_plain(statistics: Statistics) -> bool:
@@ -138,7 +187,9 @@ def _is_plain(statistics: Statistics) -> bool:
         mean.dtype == var.dtype == torch.float32
         and mean.is_contiguous()
         and var.is_contiguous()
-        and (tracked is None or tracked.dtype == torch.int64)
+        and (
+            tracked is None or (tracked.dtype == torch.int64 and tracked.device == mean.device and tracked.numel() == 1)
+        )
     )
 
 

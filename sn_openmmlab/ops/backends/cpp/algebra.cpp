@@ -24,22 +24,30 @@ struct Row {  // sums over the channels of a sample
     double dvar_in, dvar_bn;    // of dvar times the variance
 };
 
-struct Arguments {  // as in __init__.py
-    int64_t samples, channels, size, threads;
+struct Arguments {  // as in __init__.py; addresses of what takes no part are null
+    int64_t samples, channels, size;
     int64_t in, ln, bn;  // the normalizers' places among the logits, -1 for what takes no part
     int64_t frozen;      // whether the BN moments are constants
+    int64_t channels_last, bfloat16;
     double eps;
-    double momentum;             // of the running statistics; negative: all batches weigh the same
-    const float* mean;           // moments, (2, samples, channels)
-    double* joint;               // means and variances of LN (samples) and of BN (channels), and BN's number of pixels
-    double* shared;              // sums over samples, which a sum over processes makes those of all; or null
-    float* coefficients;         // written: a and s, or b1, b0 and a
-    const float* sum_dy;         // sums, (2, samples, channels)
-    float* dweight;              // written: the gradients of weight, bias, mean_logits and var_logits
+    int64_t threads;
+    double momentum;  // of the running statistics; negative: all batches weigh the same
+    const void* x;
     const float *mean_logits, *var_logits;
     const float *weight, *bias;  // null for 1 and 0
     float *running_mean, *running_var;
     int64_t* tracked;
+    const void* dy;
+    void* out;
+    const float* mean;    // moments, (2, samples, channels)
+    double* joint;        // means and variances of LN (samples) and of BN (channels), and BN's number of pixels
+    double* shared;       // sums over samples, which a sum over processes makes those of all; or null
+    float* coefficients;  // written: a and s, or b1, b0 and a
+    const float* sum_dy;  // sums, (2, samples, channels)
+    float* dweight;       // written: the gradients of weight, bias, mean_logits and var_logits
+
+    explicit Arguments(const char* block) { std::memcpy(this, block, sizeof(Arguments)); }
+    int64_t elements() const { return samples * channels; }
 };
 
 Ratios softmax(const Arguments& t, const float* logits) {
@@ -58,14 +66,12 @@ struct Algebra : Arguments {
     Row* rows = nullptr;                       // of backward, (samples)
     double *dmean = nullptr, *dvar = nullptr;  // of backward, sums over samples (channels)
 
-    explicit Algebra(const char* block) {
-        std::memcpy(static_cast<Arguments*>(this), block, sizeof(Arguments));
+    explicit Algebra(const Arguments& t) : Arguments(t) {
         mean_ratios = softmax(*this, mean_logits), var_ratios = softmax(*this, var_logits);
         var = mean + elements(), sum_dyx = sum_dy + elements();
         mean_ln = joint, var_ln = mean_ln + samples, mean_bn = var_ln + samples, var_bn = mean_bn + channels;
         count = var_bn + channels;
     }
-    int64_t elements() const { return samples * channels; }
 };
 
 // Distance of the blended mean from the map's
@@ -251,20 +257,8 @@ void softmax_backward(const Algebra& t, Ratios ratios, Ratios dratios, float* dl
     if (t.bn >= 0) dlogits[t.bn] = ratios.bn * (dratios.bn - joint);
 }
 
-}  // namespace
-
-extern "C" {
-
-// shared of the forward pass, of this process alone.
-void sn_pool(const char* block) {
-    const Algebra t(block);
-    run(share_columns, t, t.channels, t.elements(), t.threads);
-    t.shared[2 * t.channels] = t.samples * t.size;
-}
-
 // joint, coefficients a and s, and, where they are given and not frozen, the running statistics.
-void sn_coefficients(const char* block) {
-    const Algebra t(block);
+void find_coefficients(const Algebra& t) {
     if (t.ln < 0)
         std::fill_n(t.mean_ln, 2 * t.samples, 0.);
     else
@@ -285,16 +279,8 @@ void sn_coefficients(const char* block) {
     run(blend, t, t.samples, t.elements(), t.threads);
 }
 
-// shared of the backward pass, of this process alone.
-void sn_pool_gradients(const char* block) {
-    Algebra t(block);
-    t.dmean = t.shared, t.dvar = t.shared + t.channels;
-    run(sum_columns, t, t.channels, t.elements(), t.threads);
-}
-
 // Coefficients b1, b0 and a, and the gradients of what is small.
-void sn_gradients(const char* block) {
-    Algebra t(block);
+void find_gradients(Algebra t) {
     const std::unique_ptr<Row[]> rows(new Row[t.samples]);
     const std::unique_ptr<double[]> columns(new double[2 * t.channels]);
     t.rows = rows.get(), t.dmean = columns.get(), t.dvar = t.dmean + t.channels;
@@ -312,6 +298,55 @@ void sn_gradients(const char* block) {
     const int64_t logits = (t.in >= 0) + (t.ln >= 0) + (t.bn >= 0);
     softmax_backward(t, t.mean_ratios, dmean, t.dweight + 2 * t.channels);
     softmax_backward(t, t.var_ratios, dvar, t.dweight + 2 * t.channels + logits);
+}
+
+}  // namespace
+
+extern "C" {
+
+// shared of the forward pass, of this process alone.
+void sn_pool(const char* block) {
+    const Algebra t{Arguments(block)};
+    run(share_columns, t, t.channels, t.elements(), t.threads);
+    t.shared[2 * t.channels] = t.samples * t.size;
+}
+
+void sn_coefficients(const char* block) { find_coefficients(Algebra(Arguments(block))); }
+
+// shared of the backward pass, of this process alone.
+void sn_pool_gradients(const char* block) {
+    Algebra t{Arguments(block)};
+    t.dmean = t.shared, t.dvar = t.shared + t.channels;
+    run(sum_columns, t, t.channels, t.elements(), t.threads);
+}
+
+void sn_gradients(const char* block) { find_gradients(Algebra(Arguments(block))); }
+
+// The whole forward pass, of x, the parameters and the statistics, to out, moments and joint.
+void sn_forward(const char* block) {
+    Arguments t(block);
+    const int64_t size = t.elements();
+    const std::unique_ptr<float[]> coefficients(new float[2 * size]);
+    t.coefficients = coefficients.get();
+    float* moments = const_cast<float*>(t.mean);
+    sn_sums(t.x, nullptr, nullptr, moments, moments + size, t.samples, t.channels, t.size, t.channels_last, t.bfloat16,
+            t.threads);
+    find_coefficients(Algebra(t));
+    sn_combine(t.x, nullptr, t.out, moments, nullptr, t.coefficients, t.coefficients + size, t.samples, t.channels,
+               t.size, t.channels_last, t.bfloat16, t.threads);
+}
+
+// The whole backward pass, of dy, x, moments, joint and the parameters, to out and the gradients of the parameters.
+void sn_backward(const char* block) {
+    Arguments t(block);
+    const int64_t size = t.elements();
+    const std::unique_ptr<float[]> numbers(new float[5 * size]);
+    float* sums = numbers.get();
+    t.sum_dy = sums, t.coefficients = sums + 2 * size;
+    sn_sums(t.x, t.dy, t.mean, sums, sums + size, t.samples, t.channels, t.size, t.channels_last, t.bfloat16, t.threads);
+    find_gradients(Algebra(t));
+    sn_combine(t.x, t.dy, t.out, t.mean, t.coefficients + 2 * size, t.coefficients, t.coefficients + size, t.samples,
+               t.channels, t.size, t.channels_last, t.bfloat16, t.threads);
 }
 
 }  // extern "C"

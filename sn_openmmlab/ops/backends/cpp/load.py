@@ -11,7 +11,8 @@ from pathlib import Path
 
 from ....version import __version__
 
-ALGEBRA = 'sn_pool', 'sn_coefficients', 'sn_pool_gradients', 'sn_gradients'  # these take one block of arguments
+# these take one block of arguments
+_OF_BLOCK = 'sn_pool', 'sn_coefficients', 'sn_pool_gradients', 'sn_gradients', 'sn_forward', 'sn_backward'
 _FOLDER = Path(__file__).parent
 _SOURCES = [_FOLDER / name for name in ('passes.cpp', 'algebra.cpp', 'parallel.h')]  # not in a wheel
 
@@ -41,7 +42,7 @@ def library() -> ctypes.CDLL | None:
         return None
     sizes = [ctypes.c_int64] * 3 + [ctypes.c_int] * 2 + [ctypes.c_int64]
     arguments = dict(sn_sums=[ctypes.c_void_p] * 5 + sizes, sn_combine=[ctypes.c_void_p] * 7 + sizes)
-    for name in ('sn_sums', 'sn_combine', *ALGEBRA):
+    for name in ('sn_sums', 'sn_combine', *_OF_BLOCK):
         function = getattr(library, name)
         function.argtypes, function.restype = arguments.get(name, [ctypes.c_char_p]), None
     return library

@@ -1,4 +1,4 @@
-// How the kernels for the CPU are compiled and spread over threads.
+// How the kernels for the CPU are compiled and spread over threads, and what algebra.cpp calls of passes.cpp.
 
 #pragma once
 
@@ -20,4 +20,12 @@ void run(void kernel(const T&, int64_t, int64_t), const T& t, int64_t tasks, int
     threads = std::max<int64_t>(std::min({threads, tasks, elements / GRAIN + 1}), 1);
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < threads; ++i) kernel(t, tasks * i / threads, tasks * (i + 1) / threads);
+}
+
+extern "C" {
+void sn_sums(const void* x, const void* dy, const float* mean, float* first, float* second, int64_t samples,
+             int64_t channels, int64_t size, int channels_last, int bfloat16, int64_t threads);
+void sn_combine(const void* x, const void* dy, void* out, const float* mean, const float* a, const float* b1,
+                const float* b0, int64_t samples, int64_t channels, int64_t size, int channels_last, int bfloat16,
+                int64_t threads);
 }

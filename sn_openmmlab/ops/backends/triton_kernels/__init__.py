@@ -7,5 +7,8 @@ if tuple(map(int, triton.__version__.split('.')[:2])) < (3, 0):
 
 from .algebra import coefficients, gradients, pool, pool_gradients  # noqa: E402
 from .passes import affine, combine, lacks, moments, reduce  # noqa: E402
+from .program import prepare  # noqa: E402
 
-__all__ = ['affine', 'coefficients', 'combine', 'gradients', 'lacks', 'moments', 'pool', 'pool_gradients', 'reduce']
+__all__ = [
+    'affine', 'coefficients', 'combine', 'gradients', 'lacks', 'moments', 'pool', 'pool_gradients', 'prepare', 'reduce'
+]  # fmt: skip

@@ -49,14 +49,14 @@ def coefficients(
     out = torch.empty_like(moments)
     joint = torch.empty(2 * (n + c) + 1, dtype=torch.float64, device=moments.device)
     running, momentum = (None, None, None), 0.0
-    moved_here = statistics is not None and not setting.frozen and _can_move(statistics, moments)
+    moved_here = statistics is not None and not setting.frozen and can_move(statistics, moments.dtype)
     if moved_here:
         *running, momentum = statistics
     elif setting.frozen and statistics is not None:
         running = *statistics[:2], None
     tensors = moments, shared, *_dense(*parameters), *_dense(*running), out, joint
-    for plan in _plans(n, c, setting):
-        launch(_coefficients_kernel, plan, tensors, size, float(momentum))
+    for plan in plans(n, c, setting):
+        launch(_coefficients_kernel, plan, tensors, float(momentum), size)
     if not (setting.frozen or moved_here or statistics is None):
         algebra.update(statistics, joint, joint[-1])
     return out, joint
@@ -68,7 +68,7 @@ def pool_gradients(sums: Tensor, moments: Tensor, joint: Tensor, parameters: Par
     if max(n, c) > _LONGEST:
         return algebra.pool_gradients(sums, moments, joint, parameters, setting)
     shared = torch.empty(2 * c, dtype=torch.float64, device=moments.device)
-    plan = _plans(n, c, setting, by_column=True)[0]
+    plan = plans(n, c, setting, by_column=True)[0]
     launch(_pool_gradients_kernel, plan, (sums, moments, joint, *_dense(*parameters[:3]), shared))
     return shared
 
@@ -89,20 +89,20 @@ def gradients(
     dtype, device = moments.dtype, moments.device
     out = torch.empty((3, n, c), dtype=dtype, device=device)
     small = torch.empty(2 * (c + len(setting.normalizers)), dtype=dtype, device=device)
-    plans = _plans(n, c, setting)
-    rows = None if len(plans) == 1 else torch.empty((6, n), dtype=torch.float64, device=device)
+    found = plans(n, c, setting)
+    rows = None if len(found) == 1 else torch.empty((6, n), dtype=torch.float64, device=device)
     tensors = sums, moments, joint, shared, *_dense(*parameters[:3]), out, small, rows
-    for plan in plans:
+    for plan in found:
         launch(_gradients_kernel, plan, tensors, size)
     return out, small
 
 
-def _can_move(statistics: Statistics, moments: Tensor) -> bool:
+def can_move(statistics: Statistics, dtype: torch.dtype) -> bool:
     """Whether the kernel does; its numbers are float32, and a program may not read what another one counts."""
     mean, var, tracked, momentum = statistics
     return (
         momentum is not None
-        and moments.dtype == torch.float32
+        and dtype == torch.float32
         and mean.is_contiguous()
         and var.is_contiguous()
         and (tracked is None or (tracked.dtype == torch.int64 and tracked.device == mean.device))
@@ -114,7 +114,7 @@ def _dense(*tensors: 'Tensor | None') -> 'list[Tensor | None]':
 
 
 @functools.lru_cache(4096)
-def _plans(n: int, c: int, setting: Setting, by_column: bool = False) -> 'list[Plan]':
+def plans(n: int, c: int, setting: Setting, by_column: bool = False) -> 'list[Plan]':
     rows, columns = triton.next_power_of_2(n), triton.next_power_of_2(c)
     few_rows = max(1, 1024 // columns)
     few_columns = min(max(8, 1024 // rows), max(1, 4096 // rows))  # 8 floats are read at once
@@ -137,7 +137,7 @@ def _plan(part, n: int, c: int, programs: int, rows: int, columns: int, setting:
 
 @functools.lru_cache(4096)
 def _column_plan(n: int, c: int) -> Plan:
-    plan = _plans(n, c, Setting(NORMALIZERS, 0.0, False), by_column=True)[0]
+    plan = plans(n, c, Setting(NORMALIZERS, 0.0, False), by_column=True)[0]
     sizes = {name: plan.arguments[name] for name in ('N', 'C', 'ROWS', 'COLUMNS')}
     return Plan(plan.programs, plan.num_warps, **sizes)
 
@@ -167,7 +167,7 @@ def _pool_kernel(
         tl.store(shared_ptr + 2 * C, N.to(tl.float64) * S)
 
 
-@triton.jit(do_not_specialize=['S', 'momentum', 'N', 'C'])
+@triton.jit(do_not_specialize=['momentum', 'S', 'N', 'C'])
 def _coefficients_kernel(
     moments_ptr,  # (2, N, C)
     shared_ptr,  # (2C + 1,), or None
@@ -180,8 +180,8 @@ def _coefficients_kernel(
     tracked_ptr,  # (), likewise
     out_ptr,  # (2, N, C), written: a and s
     joint_ptr,  # (2N + 2C + 1,), written; LN's part by row, and then read by column
-    S,
     momentum,
+    S,
     N,
     C,
     EPS: tl.constexpr,

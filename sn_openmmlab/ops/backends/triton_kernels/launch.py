@@ -2,6 +2,9 @@
 
 # no `from __future__ import annotations`: Triton 3.0 takes tl.constexpr for what it is only where it is evaluated
 
+from operator import itemgetter
+from typing import Any, Callable
+
 import torch
 import triton
 from triton.runtime import driver
@@ -22,7 +25,9 @@ class Plan:
         self.programs = programs
         self.num_warps = num_warps
         self.arguments = arguments
-        self.compiled = {}
+        self.compiled: dict = {}
+        self.joining: Any = None  # of the moments of parts
+        self.adding: Any = None  # of the sums of parts
 
 
 def launch(kernel, plan: Plan, tensors: tuple, *numbers) -> None:
@@ -63,6 +68,64 @@ def launch(kernel, plan: Plan, tensors: tuple, *numbers) -> None:
     run, function, metadata, tail = known
     stream = driver.active.get_current_stream(current)
     run(plan.programs, 1, 1, stream, function, metadata, None, None, None, *pointers, *numbers, *tail)
+
+
+class Chain:
+    """Kernels that are started one after the other, on tensors of which, from run to run, only the addresses change.
+
+    Args:
+        names: Names of the tensors, and of a number, if there is one, at the end, in the order in which :meth:`run`
+            gets them. ``none`` is one more.
+    """
+
+    def __init__(self, names: str) -> None:
+        self._names = [*names.split(), 'none']
+        self._links: list = []
+        self._known: Any = None
+
+    def add(self, kernel, plan: Plan, names: str, *numbers) -> None:
+        """One kernel more; its arguments are those named, the numbers, and the plan's."""
+        self._links.append((kernel, plan, itemgetter(*map(self._names.index, names.split())), numbers))
+
+    def run(
+        self, device: torch.device, addresses: 'list[int]', aligned: bool, tensors: Callable, *number: float
+    ) -> None:
+        """Start all.
+
+        Args:
+            device: Where the tensors are, which need not be the current one.
+            addresses: Theirs.
+            aligned: Whether they all are multiples of 16.
+            tensors: Gives them themselves, as Triton wants them the first time.
+            *number: What comes last.
+        """
+        if device.type != 'cuda' and INTERPRETED:
+            self._start(tensors, number)
+            return
+        current = driver.active.get_current_device()
+        if device.index is not None and device.index != current:
+            with torch.cuda.device(device):
+                self.run(device, addresses, aligned, tensors, *number)
+        elif not aligned or VERSION < (3, 3):  # compiled otherwise, or taking other arguments
+            self._start(tensors, number)
+        elif self._known is None:
+            self._known = self._start(tensors, number)
+        else:
+            # what Triton does after its own look-up, which takes ten times as long; hooks of its profiler see the first
+            values, stream = (*addresses, *number, None), driver.active.get_current_stream(current)
+            for run, programs, function, metadata, pick, tail in self._known:
+                run(programs, 1, 1, stream, function, metadata, None, None, None, *pick(values), *tail)
+
+    def _start(self, tensors: Callable, number: tuple) -> list:
+        """Start all by Triton's look-up; what it leads to."""
+        values, found = (*tensors(), *number, None), []
+        for kernel, plan, pick, numbers in self._links:
+            chosen = pick(values)
+            compiled = _run(kernel, plan, chosen, numbers)
+            tail = *numbers, *(plan.arguments[name] for name in kernel.arg_names[len(chosen) + len(numbers) :])
+            if compiled is not None:  # not under the interpreter
+                found.append((compiled.run, plan.programs, compiled.function, compiled.packed_metadata, pick, tail))
+        return found
 
 
 def _run(kernel, plan: Plan, tensors: tuple, numbers: tuple):

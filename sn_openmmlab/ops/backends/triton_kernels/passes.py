@@ -34,7 +34,7 @@ def lacks(device: torch.device, dtype: torch.dtype) -> 'str | None':
 
 def moments(x: Tensor) -> Tensor:
     """Pass 1: means and biased variances of the maps."""
-    plan = reduction_plan(*_sizes(x))
+    plan = reduction_plan(*sizes(x))
     n, c, parts = x.shape[0], x.shape[1], plan.arguments['parts']
     out = torch.empty((2, n, c), dtype=moments_dtype(x.dtype), device=x.device)
     if parts == 1:
@@ -50,31 +50,36 @@ def moments(x: Tensor) -> Tensor:
 def affine(x: Tensor, moments: Tensor, coefficients: Tensor) -> Tensor:
     """Pass 2: ``a*(x - mean) + s``."""
     y = torch.empty_like(x)
-    launch(_combine_kernel, map_plan(*_sizes(x)), (x, moments, coefficients, None, y))
+    launch(_combine_kernel, map_plan(*sizes(x)), (x, moments, coefficients, None, y))
     return y
 
 
 def reduce(dy: Tensor, x: Tensor, moments: Tensor) -> Tensor:
     """Pass 3: sums of dy and of dy * (x - mean) over the maps."""
-    plan = reduction_plan(*_sizes(x))
+    plan = reduction_plan(*sizes(x))
     parts = plan.arguments['parts']
     shape = moments.shape if parts == 1 else (*moments.shape, parts)
     sums = torch.empty(shape, dtype=moments.dtype, device=x.device)
     launch(_reduce_kernel, plan, (dy, x, moments, sums))
-    return sums if parts == 1 else sums.sum(-1)
+    if parts == 1:
+        return sums
+    joint = torch.empty_like(moments)
+    launch(_add_kernel, plan.adding, (sums, joint))
+    return joint
 
 
 def combine(dy: Tensor, x: Tensor, moments: Tensor, coefficients: Tensor) -> Tensor:
     """Pass 4: ``b1*(x - mean) + b0 + a*dy``."""
     dx = torch.empty_like(x)
-    launch(_combine_kernel, map_plan(*_sizes(x)), (x, moments, coefficients, dy, dx))
+    launch(_combine_kernel, map_plan(*sizes(x)), (x, moments, coefficients, dy, dx))
     return dx
 
 
 # What runs how wide. Sizes alone decide, without trials, so that the same input is always summed in the same order.
 
 
-def _sizes(x: Tensor) -> tuple:
+def sizes(x: Tensor) -> tuple:
+    """What a plan is made of."""
     n, c = x.shape[:2]
     return n, c, x.numel() // (n * c), not x.is_contiguous(), x.element_size(), _processors(x.device)
 
@@ -119,6 +124,14 @@ def map_plan(n: int, c: int, size: int, channels_last: bool, itemsize: int, proc
     return _plan(n, c, size, channels_last, itemsize, rows, pixels, 1)
 
 
+def _adding_plan(plan: Plan, maps: int) -> Plan:
+    """Programs that add up two sums of the parts of ``maps`` maps."""
+    parts = plan.arguments['parts']
+    width = triton.next_power_of_2(parts)
+    rows = min(triton.next_power_of_2(2 * maps), max(1, 512 // width))
+    return Plan(triton.cdiv(2 * maps, rows), _warps(rows * width), sums=2 * maps, parts=parts, ROWS=rows, PARTS=width)
+
+
 def _joining_plan(plan: Plan, maps: int) -> Plan:
     """Programs that join the moments of the parts of ``maps`` maps."""
     size, parts, pixels = (plan.arguments[name] for name in ('size', 'parts', 'PIXELS'))
@@ -139,7 +152,7 @@ def _plan(n: int, c: int, size: int, channels_last: bool, itemsize: int, rows: i
         maps=n * c, length=length, size=size, parts=parts, tiles=tiles,
         ROWS=rows, PIXELS=pixels, VECTOR=vector, CHANNELS_LAST=channels_last,
     )  # fmt: skip
-    plan.joining = _joining_plan(plan, n * c)
+    plan.joining, plan.adding = _joining_plan(plan, n * c), _adding_plan(plan, n * c)
     return plan
 
 
@@ -245,6 +258,22 @@ def _reduce_kernel(
     sum_dy_ptr = sums_ptr + place * parts + part
     tl.store(sum_dy_ptr, tl.sum(sum_dy, 1), mask=exist)
     tl.store(sum_dy_ptr + maps.to(tl.int64) * parts, tl.sum(sum_dyx, 1), mask=exist)
+
+
+@triton.jit(do_not_specialize=['sums', 'parts'])
+def _add_kernel(
+    parts_ptr,  # (2, N, C, parts)
+    out_ptr,  # (2, N, C), written
+    sums,  # 2 * N * C
+    parts,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Sums of what the parts of each map sum up to."""
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    part = tl.arange(0, PARTS)[None, :]
+    total = tl.sum(tl.load(parts_ptr + row * parts + part, mask=(row < sums) & (part < parts), other=0.0), 1)
+    tl.store(out_ptr + row, total[:, None], mask=row < sums)
 
 
 @triton.jit(do_not_specialize=['maps', 'length', 'size', 'parts', 'tiles'])
