@@ -1,5 +1,5 @@
 # make setup | test | test-all | coverage | demo | lint | bench | docs: all is installed in .venv, by `make setup`, once
-# make wheel | matrix: in environments of their own under build
+# make wheel | matrix | torch-only: in environments of their own under build
 
 PYTHON ?= python3.11
 JOBS ?= 2
@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 # the constraints keep every pip call from bringing in another torch
 INSTALL := $(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt
 
-.PHONY: setup test test-all coverage demo lint bench docs wheel matrix
+.PHONY: setup test test-all coverage demo lint bench docs wheel matrix torch-only
 
 setup: $(STAMP)
 
@@ -70,3 +70,10 @@ wheel:
 
 matrix:
 	$(PYTHON) .ci/matrix.py
+
+# layers, kernels and hooks, where nothing of OpenMMLab but mmengine is installed; this imports cv2, and does not ask for it
+torch-only:
+	test -x build/torch-only/bin/python || $(PYTHON) -m venv build/torch-only
+	build/torch-only/bin/python -m pip install --quiet --constraint requirements/constraints.txt \
+		torch onedl-mmengine opencv-python-headless pytest .
+	build/torch-only/bin/pytest -m 'not slow' tests/test_layers tests/test_ops tests/test_hooks

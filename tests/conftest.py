@@ -11,6 +11,12 @@ if 'PYTEST_XDIST_WORKER' in os.environ:  # one of several processes, which share
     torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
 
 
+def pytest_runtest_setup(item):
+    """Skip a test marked ``needs('mmdet')`` where mmdet is not installed; where it is, import it first."""
+    for mark in item.iter_markers('needs'):
+        pytest.importorskip(mark.args[0], reason=f'{mark.args[0]} is not installed')
+
+
 @pytest.fixture(autouse=True)
 def no_rest_of_safe_reading():
     """Whatever reads checkpoints as data sets this variable for its whole process, which here is everybody's."""

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from mmcv.cnn import ConvModule
+from mmcv.cnn import ConvModule, build_norm_layer, is_norm
 from mmcv.cnn import get_model_complexity_info as mmcv_complexity
 from mmcv.cnn.utils import fuse_conv_bn
 from mmdet.engine.hooks import MeanTeacherHook, SyncNormHook
@@ -13,7 +13,7 @@ from mmengine.hooks import EMAHook, SyncBuffersHook
 from mmengine.model import BaseModel, ExponentialMovingAverage, convert_sync_batchnorm, revert_sync_batchnorm
 from mmengine.model.efficient_conv_bn_eval import turn_on_efficient_conv_bn_eval
 from mmengine.optim import DefaultOptimWrapperConstructor
-from mmengine.registry import init_default_scope
+from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from mmseg.engine.optimizers import ForceDefaultOptimWrapperConstructor
 from test_distributed_models import Images, Net
@@ -86,6 +86,23 @@ def test_fuse_conv_bn_still_folds_batch_norm():
     expected = net(x)
     assert [type(m) for m in fuse_conv_bn(net)] == [nn.Conv2d, SwitchNorm, nn.Conv2d, nn.Identity]
     torch.testing.assert_close(net(x), expected)
+
+
+def test_build_norm_layer():
+    name, layer = build_norm_layer(dict(type='SN', requires_grad=False), 64, postfix=1)
+    assert name == 'bn1' and isinstance(layer, SwitchNorm)
+    assert not any(p.requires_grad for p in layer.parameters())
+    assert {n for n, _ in layer.named_parameters()} == {'weight', 'bias', 'mean_weight', 'var_weight'}
+
+
+def test_conv_module_takes_it_and_drops_the_bias():
+    module = ConvModule(3, 8, 3, norm_cfg=dict(type='SN'))
+    assert isinstance(module.bn, SwitchNorm) and module.conv.bias is None
+
+
+@pytest.mark.parametrize('name', ['SN', 'SN1d', 'SN2d', 'SN3d', 'SyncSN', 'SSN'])
+def test_mmcvs_is_norm(name):
+    assert is_norm(MODELS.build(dict(type=name, num_features=4)))
 
 
 def test_efficient_conv_bn_eval_of_mmcv():

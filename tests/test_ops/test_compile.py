@@ -58,6 +58,7 @@ def assert_equal_steps(compiled, eager, x):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.needs('mmdet')
 @one_graph
 @pytest.mark.skipif(VERSION == (2, 4), reason="torch 2.4 cuts a compiled ResNet of mmdet short, with BatchNorm too")
 @pytest.mark.parametrize('training', [True, False])
@@ -72,6 +73,7 @@ def test_resnet18_is_one_graph_for_all_sizes(training):
     assert counter.frame_count == 1  # neither a graph break nor a recompilation
 
 
+@pytest.mark.needs('mmdet')
 @pytest.mark.slow
 @one_graph
 @pytest.mark.parametrize('training', [True, False])
