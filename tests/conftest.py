@@ -1,10 +1,13 @@
 """What all tests share: processes that run for the whole session, since starting one takes seconds."""
 
+import importlib
 import os
+import sys
 
 import pytest
 import torch
 from processes import Processes
+from support import TOOLS
 
 if 'PYTEST_XDIST_WORKER' in os.environ:  # one of several processes, which share the cores
     os.environ.setdefault('OMP_NUM_THREADS', '1')
@@ -22,6 +25,22 @@ def no_rest_of_safe_reading():
     """Whatever reads checkpoints as data sets this variable for its whole process, which here is everybody's."""
     yield
     os.environ.pop('TORCH_FORCE_WEIGHTS_ONLY_LOAD', None)
+
+
+@pytest.fixture
+def seed():
+    """The same random numbers in every run."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def import_tool(monkeypatch):
+    """Import a tool by name, with the folder of tools on the path as where one is run."""
+    monkeypatch.syspath_prepend(TOOLS)
+    monkeypatch.setenv('LOCAL_RANK', '0')  # which tools set
+    yield importlib.import_module
+    for path in TOOLS.glob('*.py'):
+        sys.modules.pop(path.stem, None)
 
 
 @pytest.fixture(scope='session')

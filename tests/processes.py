@@ -33,9 +33,7 @@ class Processes:
         return [result for _, result in results]
 
     def _start(self) -> None:
-        with socket.socket() as s:
-            s.bind(('127.0.0.1', 0))
-            port = s.getsockname()[1]
+        port = free_port()
         context = mp.get_context('spawn')
         self.pipes, theirs = zip(*(context.Pipe() for _ in range(self.world)))
         self.processes = [
@@ -51,6 +49,13 @@ class Processes:
             process.kill()
             process.join()
         self.processes = []
+
+
+def free_port() -> int:
+    """A port that nothing listens to."""
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
 
 
 @contextlib.contextmanager

@@ -9,7 +9,8 @@ import torch
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
-from test_configs import CONFIGS, norms, read
+from support import CONFIGS, norms
+from test_configs import read
 
 from sn_openmmlab import SwitchNorm
 from sn_openmmlab.checkpoint import convert_checkpoint

@@ -9,7 +9,7 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
-from test_configs import CONFIGS, norms
+from support import CONFIGS, norms
 
 sys.path.insert(0, str(Path(__file__).parent.parent / 'tools'))
 

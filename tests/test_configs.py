@@ -13,12 +13,12 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.utils.dl_utils.parrots_wrapper import SyncBatchNorm
+from support import CONFIGS, norms
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sn_openmmlab import SwitchNorm, SwitchNorm3d, SyncSN
 
-CONFIGS = Path(__file__).parent.parent / 'configs'
 SHIPPED = sorted(p for p in CONFIGS.glob('**/*.py') if '_base_' not in p.parts)
 COCO = sorted((CONFIGS / 'mmdet/sn').glob('*.py'))
 IMAGENET = sorted((CONFIGS / 'mmpretrain/sn').glob('*.py'))
@@ -51,18 +51,6 @@ def build(config):
     init_default_scope(config.default_scope)
     with torch.device('cpu' if config.default_scope == 'mmpretrain' else 'meta'):  # there mmpretrain cannot compute
         return MODELS.build(config.model)
-
-
-def norms(model):
-    """Norm layers by name, without the holders of SN layers' batch statistics."""
-    own = {id(m.bn) for m in model.modules() if isinstance(m, SwitchNorm)}
-    kinds = (_NormBase, nn.GroupNorm, nn.LayerNorm)
-    return {name: m for name, m in model.named_modules() if isinstance(m, kinds) and id(m) not in own}
-
-
-def foreign_norms(model):
-    """Names of norm layers that are not SN."""
-    return [name for name, m in norms(model).items() if not isinstance(m, SwitchNorm)]
 
 
 @pytest.mark.parametrize('path', SHIPPED, ids=lambda p: p.stem)

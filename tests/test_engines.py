@@ -2,7 +2,6 @@
 
 import copy
 import os
-import socket
 import subprocess
 import sys
 from functools import partial
@@ -11,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
-from processes import counting
+from processes import counting, free_port
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy, always_wrap_policy, size_based_auto_wrap_policy
@@ -166,9 +165,7 @@ with open(f'{sys.argv[1]}/{rank}', 'w') as file:
 
 def test_torchrun_over_two_nodes_of_two_processes(tmp_path):
     """Statistics are those of all four; in groups of two, of each node's own. A subgroup ends with its world."""
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
+    port = free_port()
     (tmp_path / 'script.py').write_text(SCRIPT)
     command = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc-per-node=2']
     command += ['--master-addr=127.0.0.1', f'--master-port={port}']

@@ -1,6 +1,5 @@
 """Export: ONNX by both exporters, torch.export and TorchScript give what the model gives, at sizes of any kind."""
 
-import importlib
 import io
 import shutil
 import warnings
@@ -12,18 +11,15 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from mmcv.cnn import ConvModule
-from mmcv.cnn.bricks.conv_ws import ConvWS2d
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
-from test_convert import randomized, relative_error
-from test_tools import DETECTOR, TOOLS
+from support import randomized, relative_error, scatter
+from test_tools import DETECTOR
 from torch import nn
 from torch.export import Dim
 
 from sn_openmmlab import (
-    SparseSwitchNorm,
     SwitchNorm,
     SwitchNorm1d,
     SwitchNorm2d,
@@ -35,23 +31,9 @@ from sn_openmmlab import (
 from sn_openmmlab.ops import switch_norm_reference
 from sn_openmmlab.ops.formula import switch_norm_graph
 
+pytestmark = pytest.mark.usefixtures('seed')
 SIZES = [(2, 3, 64, 48), (1, 3, 32, 96), (3, 3, 48, 48)]  # the first is exported
 EXPORTERS = {'torchscript': 17, 'torch.export': 18}  # the oldest opset of each that is promised
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-def scatter(model):
-    """Everything that is learned, importance ratios too, away from its start."""
-    randomized(model)
-    for layer in model.modules():
-        if isinstance(layer, SwitchNorm):
-            nn.init.normal_(layer.mean_weight)
-            nn.init.normal_(layer.var_weight)
-    return model.eval()
 
 
 class Last(nn.Module):
@@ -299,62 +281,6 @@ def test_layers_that_are_batch_norm_are_folded(tmp_path):
     assert relative_error(run_onnx(tmp_path / 'net.onnx', x)[0], expected) < 1e-4
 
 
-def one_hot(channels=4, **kwargs):
-    return SwitchNorm(channels, init_ratios=(0, 0, 1), **kwargs)
-
-
-class Shared(nn.Module):
-    """One convolution for two levels, each with a norm of its own, as in RTMDet's head."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norms = nn.Conv2d(3, 4, 3), nn.ModuleList([one_hot(), one_hot()])
-
-    def forward(self, x):
-        return tuple(norm(self.conv(x)) for norm in self.norms)
-
-
-class ReLUBetween(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm, self.relu = nn.Conv2d(3, 4, 3), one_hot(), nn.ReLU(inplace=True)
-
-    def forward(self, x):
-        return self.norm(self.relu(self.conv(x)))
-
-
-NORM_FIRST = dict(order=('norm', 'act', 'conv'), norm_cfg=dict(type='SN', init_ratios=(0, 0, 1)))
-
-
-@pytest.mark.parametrize('make, folded, left', [
-    (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), one_hot(), nn.ReLU()), 1, nn.Identity),
-    (lambda: nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), one_hot(affine=False)), 1, nn.Identity),
-    (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), SwitchNorm(4, normalizers=('bn',))), 1, nn.Identity),
-    (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), SyncSN(4, init_ratios=(0, 0, 1))), 1, nn.Identity),
-    (lambda: nn.Sequential(one_hot(3), nn.Conv2d(3, 4, 3)), 0, nn.BatchNorm2d),
-    (lambda: nn.Sequential(ConvWS2d(3, 4, 3), one_hot()), 0, nn.BatchNorm2d),  # its weight is no weight of a sum
-    (lambda: ConvModule(3, 3, 3, **NORM_FIRST), 0, nn.BatchNorm2d),
-    (Shared, 0, nn.BatchNorm2d),
-    (ReLUBetween, 0, nn.BatchNorm2d),
-    (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), SwitchNorm(4)), 0, SwitchNorm),
-    (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), 0, nn.BatchNorm2d),
-], ids=['conv', 'no-bias', 'only', 'SyncSN', 'none', 'ConvWS', 'first', 'shared', 'relu', 'SN', 'BN'])  # fmt: skip
-def test_what_is_folded(make, folded, left):
-    model, x = randomized(make()).eval(), torch.randn(2, 3, 8, 8)
-    expected = model(x)
-    assert fold_batch_norm(model, x) == folded
-    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
-    assert left in {type(m) for m in model.modules()}
-    assert not any(m.training or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-
-
-def test_folding_is_for_evaluation():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), one_hot()).eval()
-    model[1].bn.train()
-    with pytest.raises(ValueError, match=r'model.eval\(\) first \(1.bn is in training mode\)'):
-        fold_batch_norm(model, torch.randn(2, 3, 8, 8))
-
-
 # -- the tool ---------------------------------------------------------------------------------------------------------
 
 
@@ -383,29 +309,12 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture
-def tool(monkeypatch, tmp_path, files):
+def tool(import_tool, monkeypatch, tmp_path, files):
     """The tool's main, in a copy of that folder."""
-    monkeypatch.syspath_prepend(str(TOOLS))
     shutil.copytree(files, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    main = importlib.import_module('export').main
+    main = import_tool('export').main
     return lambda *args: main([*args, '--shape', '64', '64'])
-
-
-def test_sparse_sn_that_has_chosen_bn_is_folded():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), SparseSwitchNorm(4), nn.Conv2d(4, 4, 3), SparseSwitchNorm(4))
-    scatter(model)
-    for layer, logits in (model[1], [0.1, 0.2, 0.7]), (model[3], [0.7, 0.2, 0.1]):
-        layer.radius.fill_(1.0)
-        for parameter in layer.mean_weight, layer.var_weight:
-            parameter.data.copy_(torch.tensor(logits))
-    model.eval()  # looks up what is chosen
-    x = torch.randn(2, 3, 9, 9)
-    with torch.no_grad():
-        expected = model(x)
-        assert fold_batch_norm(model, x) == 1
-        assert isinstance(model[1], nn.Identity) and isinstance(model[3], SparseSwitchNorm)
-        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_tool_folds_and_compares(tool, capsys):
@@ -423,8 +332,8 @@ def test_the_tool_exports_backbone_and_neck(tool, capsys, out):
     assert sorted(p.name for p in Path().glob('det.*')) == sorted(['det.py', 'det.pth', out])
 
 
-def test_the_tool_writes_nothing_that_differs(tool, monkeypatch):
-    monkeypatch.setattr(importlib.import_module('export'), 'TOLERANCE', 0)
+def test_the_tool_writes_nothing_that_differs(tool, import_tool, monkeypatch):
+    monkeypatch.setattr(import_tool('export'), 'TOLERANCE', 0)
     with pytest.raises(SystemExit, match='net.pt2 not written: it differs from the model by'):
         tool('seg.py', 'seg.pth', 'net.pt2', '--fold')
     assert not list(Path().glob('net*'))

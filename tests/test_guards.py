@@ -8,7 +8,6 @@ from mmcv.cnn import ConvModule, build_norm_layer, is_norm
 from mmcv.cnn import get_model_complexity_info as mmcv_complexity
 from mmcv.cnn.utils import fuse_conv_bn
 from mmdet.engine.hooks import MeanTeacherHook, SyncNormHook
-from mmengine.analysis import get_model_complexity_info
 from mmengine.hooks import EMAHook, SyncBuffersHook
 from mmengine.model import BaseModel, ExponentialMovingAverage, convert_sync_batchnorm, revert_sync_batchnorm
 from mmengine.model.efficient_conv_bn_eval import turn_on_efficient_conv_bn_eval
@@ -122,7 +121,7 @@ def test_efficient_conv_bn_eval_of_mmengine(net):
     assert_same_state(net, traced)
 
 
-# -- conversion to synchronised norms and back, in one process; with several: test_distributed.py ---------------------
+# -- conversion to synchronised norms and back, in one process; with several: test_layers/test_sync.py ----------------
 
 
 @pytest.mark.parametrize('convert', [nn.SyncBatchNorm.convert_sync_batchnorm, convert_sync_batchnorm])
@@ -265,24 +264,6 @@ def test_optimizer_rules_treat_sn_as_a_norm(constructor):
     for name, p in net[1].named_parameters():
         assert by_id[id(p)] == (0.1, 0.0), name
     assert by_id[id(net[0].weight)] == (0.1, 0.01) and by_id[id(net[0].bias)] == (0.2, 0.005)
-
-
-# -- FLOPs ------------------------------------------------------------------------------------------------------------
-
-
-def flops(norm, training=True):
-    net = nn.Sequential(nn.Conv2d(3, 16, 3), norm).train(training)
-    return get_model_complexity_info(net, (3, 34, 34), show_table=False, show_arch=False)['flops']
-
-
-def test_mmengines_flops_count_sn_as_the_other_norms():
-    """5 an element, plus 5 for each map mean that LN, and in training BN, take their moments from."""
-    conv = 16 * 27 * 32 * 32
-    assert flops(nn.Identity()) == conv
-    assert flops(nn.InstanceNorm2d(16, affine=True)) == conv + 5 * 16 * 32 * 32
-    assert flops(SwitchNorm(16)) == conv + 5 * 16 * 32 * 32 + 2 * 5 * 16
-    assert flops(SwitchNorm(16), training=False) == conv + 5 * 16 * 32 * 32 + 5 * 16
-    assert flops(SwitchNorm(16, normalizers=('in', 'ln'))) == conv + 5 * 16 * 32 * 32 + 5 * 16
 
 
 def test_mmcvs_flops_pass_over_sn():

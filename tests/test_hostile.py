@@ -13,7 +13,7 @@ from pathlib import Path
 import hostile
 import pytest
 import torch
-from test_tools import TOOLS, call
+from support import TOOLS, call
 from torch import nn
 
 CONFIG = """

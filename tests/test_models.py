@@ -1,6 +1,5 @@
 """SN in whole detectors and segmentors: training steps, and BatchNorm checkpoints by every path of OpenMMLab."""
 
-import logging
 from pathlib import Path
 
 import mmseg
@@ -8,13 +7,12 @@ import pytest
 import torch
 from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
-from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
-from test_configs import CONFIGS, foreign_norms
+from support import CONFIGS, Said, foreign_norms
 
 from sn_openmmlab import SwitchNorm
 
@@ -116,20 +114,6 @@ def assert_loaded(backbone, state, prefix=''):
     assert len(layers) == 53
     for layer in layers:
         torch.testing.assert_close(layer.importance_ratios, torch.tensor([[0.001, 0.001, 0.998]] * 2))
-
-
-class Said(logging.Handler):
-    """What mmengine's current logger says."""
-
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    def listen(self):
-        MMLogger.get_current_instance().addHandler(self)
-
-    def emit(self, record):
-        self.lines.append(record.getMessage())
 
 
 @pytest.mark.parametrize('path', ['init_cfg', 'mmseg pretrained', 'native', 'load_from'])

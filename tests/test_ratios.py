@@ -1,7 +1,6 @@
 """Importance ratios: logged in real trainings, read from what these leave behind, and drawn by tools/plot_ratios.py."""
 
 import csv
-import importlib
 import json
 import os
 import re
@@ -299,15 +298,14 @@ def test_importing_the_package_does_not_import_matplotlib():
 
 
 @pytest.fixture
-def tool(tmp_path, trained, monkeypatch, capsys):
+def tool(import_tool, tmp_path, trained, monkeypatch, capsys):
     """Run plot_ratios in a folder with the work directory 'trained' and the checkpoint start.pth, for its output."""
     (tmp_path / 'trained').symlink_to(trained[1])
     torch.save({k: v for k, v in Net().state_dict().items() if 'bbox_head' not in k}, tmp_path / 'start.pth')
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(ROOT / 'tools')
 
     def run(*argv):
-        importlib.import_module('plot_ratios').main([*map(str, argv)])
+        import_tool('plot_ratios').main([*map(str, argv)])
         return capsys.readouterr().out
 
     return run

@@ -5,7 +5,6 @@ With made data, small images, and no checkpoint to start from. One-stage: what m
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +13,11 @@ from mmdet.apis import DetInferencer
 from mmengine.hub import get_config, get_model
 from mmengine.registry import MODELS, DefaultScope
 from mmseg.apis import MMSegInferencer
+from support import TOOLS
 
 from sn_openmmlab import SwitchNorm, read_ratios
 from sn_openmmlab.checkpoint.read import read_checkpoints_as_data
 
-TOOLS = Path(__file__).parents[1] / 'tools'
 DETECTOR = """
 _base_ = 'sn_openmmlab::mmdet/sn/retinanet_r50_fpn_sn-all_2x_coco.py'
 model = dict(

@@ -1,6 +1,5 @@
 """tools/swap_norm.py and benchmarks/sweep_configs.py as users run them."""
 
-import importlib
 import json
 import re
 import sys
@@ -9,7 +8,8 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 from mmengine.utils import get_installed_path
-from test_tools import DETECTOR, SEGMENTOR, TOOLS, call
+from support import TOOLS, call
+from test_tools import DETECTOR, SEGMENTOR
 
 from sn_openmmlab.swap import write
 
@@ -21,11 +21,10 @@ SN_VARIABLE = "norm_cfg = dict(type='SN', requires_grad=True)"
 
 
 @pytest.fixture
-def tool(monkeypatch, tmp_path):
+def tool(import_tool, monkeypatch, tmp_path):
     """The module swap_norm, in an empty folder."""
-    monkeypatch.syspath_prepend(str(TOOLS))
     monkeypatch.chdir(tmp_path)
-    return importlib.import_module('swap_norm')
+    return import_tool('swap_norm')
 
 
 def fresh(*lines):

@@ -1,11 +1,8 @@
 """tools/train.py and tools/test.py as users run them: real configs, on tiny data, in processes of their own."""
 
-import importlib
 import os
 import pickle
 import re
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,11 +11,10 @@ import cv2
 import pytest
 import torch
 from mmengine.config import Config
+from support import TOOLS, Intruder, call
 from torch import nn
 
 from sn_openmmlab import SwitchNorm
-
-TOOLS = Path(__file__).parents[1] / 'tools'
 
 # no random augmentation and no random sampling: mmengine does not save the state of the random number generators
 DETECTOR = """
@@ -109,23 +105,6 @@ def detector(place):
     return place / 'straight/iter_4.pth'
 
 
-def call(place, *command, fails=False):
-    """Run a command in the folder ``place`` and return what it printed. Runs on the CPU, so that results are exact."""
-    env = dict(os.environ, CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1', PORT=str(free_port()))
-    env['PATH'] = f'{Path(sys.executable).parent}{os.pathsep}{env["PATH"]}'
-    done = subprocess.run(
-        [*map(str, command)], cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert (done.returncode != 0) == fails, done.stdout
-    return done.stdout
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
-
-
 def load(path):
     return torch.load(path, weights_only=False)  # our own
 
@@ -208,9 +187,9 @@ def test_a_norm_cfg_that_does_not_reach_the_model_is_told(place):
     ) in out
 
 
-def test_norms_that_cannot_be_sn_are_no_cause_for_a_warning(tool):
+def test_norms_that_cannot_be_sn_are_no_cause_for_a_warning(import_tool):
     """LayerNorm of transformers, to which no norm_cfg=dict(type='SN') fits; BatchNorm and GroupNorm are one."""
-    train = tool('train')
+    train = import_tool('train')
     model = nn.ModuleDict(dict(backbone=nn.LayerNorm(4), neck=nn.GroupNorm(2, 4), head=SwitchNorm(4)))
     runner = SimpleNamespace(model=model, cfg=Config(dict(model=dict(backbone={}, neck={}, head={}))))
     assert train.count_other_norms(runner) == {'neck': {'GroupNorm': 1}}
@@ -236,13 +215,6 @@ def test_two_processes(place):
     assert sorted(p['img_id'] for p in pickle.loads((place / 'two.pkl').read_bytes())) == [1, 2]
 
 
-class Intruder:
-    """Makes a folder when it is unpickled."""
-
-    def __reduce__(self):
-        return os.mkdir, ('intruded',)
-
-
 def test_a_checkpoint_that_holds_code_is_refused(place):
     torch.save(dict(state_dict={}, meta=Intruder()), place / 'intruder.pth')
     out = call(place, sys.executable, TOOLS / 'test.py', 'det.py', 'intruder.pth', fails=True)
@@ -262,16 +234,6 @@ def test_an_address_that_cannot_be_converted_is_told_in_a_line(place, way):
     out = call(place, sys.executable, *command, fails=True)
     assert 'Traceback' not in out
     assert re.search(r'^error: switchnorm://plain\.pth: .*neither an SN nor a BatchNorm layer .*weight', out, re.M)
-
-
-@pytest.fixture
-def tool(monkeypatch):
-    """Import a tool by name."""
-    monkeypatch.syspath_prepend(TOOLS)
-    monkeypatch.setenv('LOCAL_RANK', '0')
-    yield importlib.import_module
-    for name in 'common', 'train', 'test':
-        sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +270,7 @@ def tool(monkeypatch):
         ('test', ['seg.py', 'seg.py', '--show-dir', 'x', '--show'], 'not both'),
     ],
 )
-def test_wrong_input_ends_before_any_work(place, tool, monkeypatch, capsys, name, argv, message):
+def test_wrong_input_ends_before_any_work(place, import_tool, monkeypatch, capsys, name, argv, message):
     monkeypatch.chdir(place)
     if '--amp' in argv and torch.cuda.is_available():
         pytest.skip('has a GPU')
@@ -317,7 +279,7 @@ def test_wrong_input_ends_before_any_work(place, tool, monkeypatch, capsys, name
     Path('full/loop.py').write_text("_base_ = './loop.py'")
     before = sorted(place.rglob('*'))
     with pytest.raises(SystemExit) as ended:
-        tool(name).main(argv)
+        import_tool(name).main(argv)
     assert ended.value.code == 2
     assert re.search(message, ' '.join(capsys.readouterr().err.split()))
     assert sorted(place.rglob('*')) == before

@@ -24,6 +24,9 @@ LAYERS = dict(
     mmcv=lambda: convert_sync_batchnorm(SwitchNorm(3), 'mmcv'),
     both=lambda group_size=None: convert_sync_batchnorm(SyncSN(3, group_size=group_size), 'torch'),
 )
+each_layer = pytest.mark.parametrize(
+    'make', [pytest.param(name, marks=[pytest.mark.needs('mmcv')] * (name == 'mmcv')) for name in LAYERS]
+)
 
 
 def prepare(layer):
@@ -99,7 +102,7 @@ def one_layer(make, batch, frozen=False, group_size=None):
 
 
 @pytest.mark.parametrize('batch', BATCHES)
-@pytest.mark.parametrize('make', LAYERS)
+@each_layer
 def test_two_ranks_equal_one_process_on_the_joined_batch(two, make, batch):
     two(one_layer, make, batch)
 
@@ -110,7 +113,7 @@ def test_four_ranks_equal_one_process_on_the_joined_batch(four, make, batch):
     four(one_layer, make, batch)
 
 
-@pytest.mark.parametrize('make', LAYERS)
+@each_layer
 def test_frozen_statistics_are_not_synchronised(two, make):
     two(one_layer, make, 'uneven', True)
 
@@ -166,6 +169,7 @@ def averaged(make, how):
     return type(ema.module[0]).__name__
 
 
+@pytest.mark.needs('mmcv')
 @pytest.mark.parametrize('make', [nn.BatchNorm2d, SwitchNorm], ids=lambda make: make.__name__)
 def test_mmcvs_norm_cannot_be_averaged(two, make):
     """It holds a process group, which nothing can copy; docs/finetuning.md says so."""

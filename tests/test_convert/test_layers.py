@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from mmcv.ops import SyncBatchNorm as MMSyncBN
 from mmengine.registry import MODELS
+from support import randomized, relative_error
 from torch import nn
 
 from sn_openmmlab import SwitchNorm, SwitchNorm1d, SwitchNorm3d, SyncSN, convert_switch_norm, fold_batch_norm
@@ -17,26 +18,9 @@ BN_ONLY = (0, 0, 1)
 runs_sync_bn = pytest.mark.skipif(VERSION < (2, 0), reason='SyncBatchNorm of torch 1.13 refuses the CPU')
 
 
-def randomized(model):
-    """With weights, shifts and statistics that are not those of a new layer."""
-    for module in model.modules():
-        for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            if name in ('weight', 'running_var') and value.dim() == 1:
-                nn.init.uniform_(value, 0.5, 1.5)
-            elif name in ('bias', 'running_mean'):
-                nn.init.normal_(value, std=0.3)
-            elif name == 'num_batches_tracked':
-                value.fill_(7)
-    return model
-
-
 def resnet():
     torch.manual_seed(0)
     return randomized(MODELS.build(dict(type='mmdet.ResNet', depth=18, base_channels=16, stem_channels=16)))
-
-
-def relative_error(a, b):
-    return ((a - b).abs().max() / b.abs().max()).item()
 
 
 @pytest.mark.parametrize('mode', ['train', 'eval', 'frozen'])

@@ -5,7 +5,6 @@ here have the biased one, so that all else can be held to float64; one test stat
 """
 
 import argparse
-import importlib
 import os
 import pickle
 import re
@@ -26,8 +25,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader, Runner, load_checkpoint
-from test_configs import CONFIGS
-from test_models import Said
+from support import CONFIGS, TOOLS, Intruder, Said
 from torch import nn
 
 from sn_openmmlab import SwitchNorm
@@ -35,23 +33,15 @@ from sn_openmmlab.checkpoint import convert_checkpoint
 from sn_openmmlab.checkpoint.read import read_checkpoints_as_data, read_state_dict
 from sn_openmmlab.ops.torch_versions import VERSION
 
-TOOLS = Path(__file__).parents[1] / 'tools'
+pytestmark = pytest.mark.usefixtures('seed')
 SN_CFG = dict(type='SN')
 STRIDE_8 = dict(strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4), contract_dilation=True)
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture
-def command(monkeypatch):
+def command(import_tool):
     """The command's main function."""
-    monkeypatch.syspath_prepend(TOOLS)
-    yield lambda *argv: importlib.import_module('convert_checkpoint').main([str(arg) for arg in argv])
-    for name in 'common', 'convert_checkpoint':
-        sys.modules.pop(name, None)
+    return lambda *argv: import_tool('convert_checkpoint').main([str(arg) for arg in argv])
 
 
 def save(content, path):
@@ -592,16 +582,6 @@ class TestUnconverted:
         said.listen()
         load_checkpoint(ours, f'switchnorm://{path}', logger='current')
         assert len(re.findall(remedy, '\n'.join(said.lines))) == 1
-
-
-# -- what is refused ------------------------------------------------------------------------------------------------
-
-
-class Intruder:
-    """Makes a folder when it is unpickled."""
-
-    def __reduce__(self):
-        return os.mkdir, ('intruded',)
 
 
 @pytest.fixture(scope='module')
