@@ -60,7 +60,7 @@ def assert_equal_steps(compiled, eager, x):
 
 @pytest.mark.needs('mmdet')
 @one_graph
-@pytest.mark.skipif(VERSION == (2, 4), reason="torch 2.4 cuts a compiled ResNet of mmdet short, with BatchNorm too")
+@pytest.mark.skipif(VERSION == (2, 4), reason='torch 2.4 cuts a compiled ResNet of mmdet short, with BatchNorm too')
 @pytest.mark.parametrize('training', [True, False])
 def test_resnet18_is_one_graph_for_all_sizes(training):
     eager = resnet18()
