@@ -243,13 +243,14 @@ class SwitchNorm(nn.InstanceNorm2d):
     def _normalize(self, x: Tensor, bn: Any) -> Tensor:
         """Normalize with the batch statistics of ``bn``."""
         self._check_input_dim(x)
-        normalizers, *parameters = self._choose()
+        normalizers, mean_weight, var_weight, weight, bias = self._choose()
+        parameters = mean_weight, var_weight, weight, bias
         if bn is None:
             return switch_norm(x, *parameters, eps=self._eps, normalizers=normalizers)
-        *running, training, momentum = batch_statistics.read_statistics(bn)
+        mean, var, tracked, training, momentum = batch_statistics.read_statistics(bn)
         group = self._find_group(bn) if training else None
         return switch_norm(
-            x, *parameters, *running,
+            x, *parameters, mean, var, tracked,
             training=training, momentum=momentum, eps=bn.eps, normalizers=normalizers, group=group,
         )  # fmt: skip
 

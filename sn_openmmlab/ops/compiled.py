@@ -6,7 +6,7 @@ the autograd Function of :mod:`.switch_norm` instead: dispatching to an operator
 
 # ruff: noqa: FA100  (no `from __future__ import annotations`: torch reads the types of arguments, for the schemas)
 
-from typing import Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 import torch.distributed as dist
@@ -43,10 +43,12 @@ def _name(group) -> str:
 
 
 # as torch.compiler.assume_constant_result does it, which imports torch._dynamo: half a second
-takes._dynamo_marked_constant = _name._dynamo_marked_constant = True
+_constant: Any = takes, _name
+for function in _constant:
+    function._dynamo_marked_constant = True
 
 
-def _group(name: Optional[str]):
+def _group(name: Any):
     return None if name is None else dist.distributed_c10d._resolve_process_group(name)
 
 

@@ -7,6 +7,8 @@ function for graphs, which ONNX, torch.export and TorchScript runtimes execute o
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -63,11 +65,14 @@ def switch_norm_reference(
 
     if h.numel() == 0:  # no pixel has no moments; every argument stays in the graph, with gradient zero
         y = h + 0 * (mean_weight.sum() + var_weight.sum())
-        used = (x.new_zeros(x.shape[1], dtype=dtype),) * 2 if 'bn' in normalizers else (None, None)
+        zeros = x.new_zeros(x.shape[1], dtype=dtype)
+        used: Any = (zeros, zeros) if 'bn' in normalizers else (None, None)
     else:
         var_in, mean_in = torch.var_mean(h, pixels, correction=0, keepdim=True)  # (N, C, 1, ...)
         # means enter by their distance from the IN mean: the ratios sum to 1, and large means do not cancel
-        shift, var, used = 0.0, 0.0, (None, None)
+        shift: Any = 0.0
+        var: Any = 0.0
+        used = None, None
         if 'in' in normalizers:
             shift, var = 0 * w['in'], v['in'] * var_in
         if 'ln' in normalizers:
@@ -75,7 +80,7 @@ def switch_norm_reference(
             shift = shift + w['ln'] * (mean_ln - mean_in)
             var = var + v['ln'] * (var_in.mean(1, keepdim=True) + between)
         if 'bn' in normalizers:
-            if mean_bn is None:
+            if mean_bn is None or var_bn is None:
                 between, mean_bn = torch.var_mean(mean_in, 0, correction=0)
                 mean_bn, var_bn = mean_bn.flatten(), (var_in.mean(0) + between).flatten()
             used = mean_bn, var_bn
@@ -83,7 +88,7 @@ def switch_norm_reference(
             var = var + v['bn'] * var_bn.to(dtype).view(channels)
         y = (h - mean_in - shift) * torch.rsqrt(var + eps)
 
-    if weight is not None:
+    if weight is not None and bias is not None:
         y = y * weight.to(dtype).view(channels) + bias.to(dtype).view(channels)
     y = y.to(x.dtype)
     return y if x.dim() > 2 else y.squeeze(2), *used
@@ -136,8 +141,9 @@ def switch_norm_graph(
     centred = h - mean_in
     var_in = centred.square().mean(pixels, keepdim=True)
     # means enter by their distance from the IN mean, so that large ones do not cancel; constants are added up first
-    shift, var = None, eps
-    if 'bn' in normalizers:
+    shift: Any = None
+    var: Any = eps
+    if mean_bn is not None and var_bn is not None and 'bn' in normalizers:
         shift = w['bn'] * (mean_in - mean_bn)
         var = var + v['bn'] * var_bn
     if 'ln' in normalizers:

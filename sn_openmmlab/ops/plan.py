@@ -127,7 +127,7 @@ def _make(
     if backend is None or not alone or not x.numel():
         return Plan(setting, backend)
     program = backend.prepare(x, arguments.parameters, statistics_of(arguments, momentum, setting), setting)
-    kept = torch.empty(sum(kept_sizes(*x.shape[:2], x.dtype)), dtype=torch.float64, device=x.device)
+    kept = torch.empty(sum(kept_sizes(x.shape[0], x.shape[1], x.dtype)), dtype=torch.float64, device=x.device)
     learned = [t for t in arguments[1:4] if t is not None]
     return Plan(setting, backend, program, describe(x.detach(), x, kept, *learned))
 

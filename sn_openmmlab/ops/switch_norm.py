@@ -6,6 +6,8 @@ two operators (:mod:`.compiled`). Only the input and (N, C)-sized tensors are ke
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -17,6 +19,7 @@ from .plan import Arguments, check, look_up, statistics_of
 from .run import backward, forward, split_gradients
 from .torch_versions import VERSION, count_dispatch_modes, is_compiling, is_exporting
 
+compiled: Any
 if VERSION >= (2, 7):
     from . import compiled
 else:
@@ -101,23 +104,24 @@ def switch_norm(
 
 def _switch_norm(arguments: Arguments, momentum: float | None, setting: Setting, group) -> Tensor:
     """Where there are no kernels, or others than these have to see what is computed."""
-    x, *parameters = arguments[:5]
-    normalizers, eps, frozen = setting
+    x, parameters = arguments.x, arguments.parameters
+    frozen = setting.frozen
     statistics = statistics_of(arguments, momentum, setting)
     mean_bn, var_bn = (arguments.running_mean, arguments.running_var) if frozen else (None, None)
     if is_compiling() and not is_exporting() and compiled is not None and compiled.takes(x.device, x.dtype):
-        y, kept = compiled.switch_norm_compiled(x, arguments.parameters, mean_bn, var_bn, setting, group)
-        used = kept, kept[-1]
+        y, kept = compiled.switch_norm_compiled(x, parameters, mean_bn, var_bn, setting, group)
+        used: Any = kept, kept[-1]
     elif frozen and (torch.jit.is_tracing() or is_exporting()):
-        return switch_norm_graph(x, *parameters, mean_bn, var_bn, normalizers, eps)
+        return switch_norm_graph(x, *parameters, mean_bn, var_bn, *setting[:2])
     elif group is not None:
         raise RuntimeError(
             'the reference formula, which SN_BACKEND=reference, tracing, torch.func and torch.compile before torch 2.7 '
             'take, does not synchronise statistics; use SN in place of SyncSN there, or evaluation mode'
         )
     else:
-        y, mean, var = switch_norm_reference(x, *parameters, mean_bn, var_bn, normalizers, eps)
-        used = None if mean is None else torch.cat([mean, var, mean.new_zeros(1)]), x.numel() // max(x.shape[1], 1)
+        y, mean, var = switch_norm_reference(x, *parameters, mean_bn, var_bn, *setting[:2])
+        if mean is not None and var is not None:
+            used = torch.cat([mean, var, mean.new_zeros(1)]), x.numel() // max(x.shape[1], 1)
     if statistics is not None and not frozen:
         with torch.no_grad():
             algebra.update(statistics, *used)

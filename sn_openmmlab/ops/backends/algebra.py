@@ -10,7 +10,7 @@ C++ and Triton have the same four functions, with the same names inside.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,6 +68,7 @@ def gradients(
 
     dmean_in = dvar_in = torch.zeros_like(dmean)
     dmean_ratios, dvar_ratios = [], []
+    share: Any
     for name, shift, var, mean_ratio, var_ratio in zip(setting.normalizers, *blend.terms):
         # a constant added to all moments does not change the gradients w.r.t. the logits
         dmean_ratios.append(mean_ratio.new_zeros(()) if shift is None else (dmean * shift).sum())
@@ -93,17 +94,20 @@ def gradients(
     return torch.stack([dvar_in * (2 / size), dmean_in / size, blend.a]), small
 
 
-def update(statistics: Statistics, joint: Tensor, count: int | Tensor) -> None:
-    """Move the running statistics towards the batch's, of ``count`` pixels; not at all where that is 0."""
-    mean, var, tracked, momentum = statistics
+def update(statistics: Statistics, joint: Tensor, count: Any) -> None:
+    """Move the running statistics towards the batch's, of ``count`` pixels (an int or a tensor); not at all
+    where that is 0."""
+    mean, var, tracked, _ = statistics
+    momentum: Any = statistics.momentum
     new_mean, new_var = joint[-2 * len(mean) - 1 : -1].view(2, -1)
     if isinstance(count, Tensor):  # counted over a group: stays on the device
-        seen, unbiased = count.clamp(max=1), count / (count - 1).clamp(min=1)
+        seen: Any = count.clamp(max=1)
+        unbiased = count / (count - 1).clamp(min=1)
     else:
         seen, unbiased = min(count, 1), count / max(count - 1, 1)
     if tracked is not None:
         tracked += seen.to(tracked) if isinstance(seen, Tensor) else seen
-    if momentum is None:
+    if momentum is None and tracked is not None:
         momentum = 1 / tracked.clamp(min=1).to(mean)
     weight = momentum * seen
     for running, new in (mean, new_mean), (var, new_var * unbiased):
@@ -122,7 +126,7 @@ class _Blend(NamedTuple):
     """The blended moments: their mean by its distance from the IN mean, their variance as 1 / sqrt(var + eps)."""
 
     terms: tuple  # for each normalizer: distance of its mean (None for IN), its variance, and its two ratios
-    ratios: tuple[Tensor, Tensor]
+    ratios: tuple[Tensor, ...]
     shift: Tensor
     rstd: Tensor
     a: Tensor
@@ -163,7 +167,7 @@ def _join(moments: Tensor, size: int, shared: Tensor | None, statistics: Statist
     elif 'bn' not in setting.normalizers:
         joint = mean.new_zeros(2 * (n + c) + 1)
     else:
-        bn = statistics[:2] if setting.frozen else _pool(mean, var, 0)
+        bn = statistics[:2] if setting.frozen and statistics is not None else _pool(mean, var, 0)
         joint = torch.cat([mean.new_zeros(2 * n), *(t.to(mean.dtype) for t in bn), mean.new_full((1,), n * size)])
     if 'ln' in setting.normalizers:
         torch.cat(_pool(mean, var, 1), out=joint[: 2 * n])
@@ -177,5 +181,5 @@ def _pool(mean: Tensor, var: Tensor, axis: int) -> tuple[Tensor, Tensor]:
 
 
 def _softmax_backward(ratios: Tensor, dratios: list[Tensor]) -> Tensor:
-    dratios = torch.stack(dratios)
-    return ratios * (dratios - ratios.dot(dratios))
+    joint = torch.stack(dratios)
+    return ratios * (joint - ratios.dot(joint))

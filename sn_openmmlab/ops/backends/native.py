@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,8 @@ def _maps(x: Tensor) -> Tensor:
 
 def _alone(y: Tensor, x: Tensor) -> Tensor:
     """Maps in the shape of ``x``, yet no view of anything, since ReLU(inplace=True) follows."""
-    return x.new_empty(0).set_(y.view(x.shape))
+    alone: Any = x.new_empty(0)  # torch's annotations know no set_ of a tensor
+    return alone.set_(y.view(x.shape))
 
 
 def _where_torch_cannot(function: Callable) -> Callable:
@@ -102,7 +104,8 @@ def _affine(x: Tensor, mean: Tensor, a: Tensor, s: Tensor) -> Tensor:
         return torch.mul(x, a).add_(s) if x.is_contiguous() else torch.addcmul(s, x, a)
     y = torch.empty_like(x)
     for sample, out, *small in zip(_samples(x), _samples(y), *(_split(x, t) for t in (a, s, mean))):
-        _evaluate(sample, *small, _constants(sample)[1], out)
+        weight, bias, means = small
+        _evaluate(sample, weight, bias, means, _constants(sample)[1], out)
     return y
 
 

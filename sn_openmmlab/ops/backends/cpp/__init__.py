@@ -82,7 +82,7 @@ def coefficients(
     out, joint = torch.empty_like(moments), moments.new_empty(2 * (n + c) + 1, dtype=torch.float64)
     taken = statistics
     if statistics is not None and not _is_plain(statistics):
-        taken = Statistics(*map(_dense, statistics[:2])) if setting.frozen else None
+        taken = Statistics(_dense(statistics.mean), _dense(statistics.var)) if setting.frozen else None
     _run('sn_coefficients', moments, size, parameters, setting, joint, shared, out, statistics=taken)
     if taken is None and statistics is not None:
         algebra.update(statistics, joint, joint[-1])
@@ -115,20 +115,16 @@ def gradients(
 # Arguments in algebra.cpp: what does not change from call to call, and what does
 _constants = struct.Struct('9qd').pack
 _others = struct.Struct('qd16q').pack
-_NOTHING = Parameters(None, None, None, None)
 
 
 def _run(
-    name, moments, size, parameters=_NOTHING, setting=None, joint=None, shared=None, out=None, sums=None, small=None,
+    name, moments, size, parameters=(None,) * 4, setting=None, joint=None, shared=None, out=None, sums=None, small=None,
     statistics=None,
 ) -> None:  # fmt: skip
-    places, eps, frozen = (-1, -1, -1), 0.0, False
-    if setting is not None:
-        names, eps, frozen = setting
-        places = _places(names)
+    names, eps, frozen = setting or Setting((), 0.0, False)
     parameters = [None if t is None else _dense(t) for t in parameters]  # kept until the call is over
-    mean, var, tracked, momentum = statistics or Statistics(None, None)
-    constants = _constants(*moments.shape[1:], size, *places, frozen, False, False, eps)
+    mean, var, tracked, momentum = statistics or (None, None, None, None)
+    constants = _constants(*moments.shape[1:], size, *_places(names), frozen, False, False, eps)
     tensors = None, *parameters, mean, var, tracked, None, None, moments, joint, shared, out, sums, small
     others = _others(torch.get_num_threads(), -1 if momentum is None else momentum, *map(_address, tensors))
     getattr(library(), name)(constants + others)
@@ -159,8 +155,7 @@ class _Program:
 
     def backward(self, tensors: tuple, addresses: list[int]) -> tuple[Tensor, Tensor]:
         dx, small = torch.empty_like(tensors[1]), torch.empty(self._small, dtype=torch.float32, device='cpu')
-        dy, x, moments, mean_weight, var_weight, *weight = addresses
-        weight = weight[0] if weight else 0
+        dy, x, moments, mean_weight, var_weight, weight = addresses + [0] * (6 - len(addresses))
         others = _others(
             torch.get_num_threads(), 0, x, mean_weight, var_weight, weight, 0, 0, 0, 0, dy, dx.data_ptr(),
             moments, moments + self._joint, 0, 0, 0, small.data_ptr(),

@@ -8,6 +8,7 @@ import hashlib
 import importlib.machinery
 import warnings
 from pathlib import Path
+from typing import Any
 
 from ....version import __version__
 
@@ -18,8 +19,8 @@ _SOURCES = [_FOLDER / name for name in ('passes.cpp', 'algebra.cpp', 'parallel.h
 
 
 @functools.lru_cache(None)
-def library() -> ctypes.CDLL | None:
-    """What setup.py compiled; None where it could not, where it cannot be loaded, or where it is out of date."""
+def library() -> Any:
+    """The ``ctypes.CDLL`` that setup.py compiled; None where it could not, or it cannot be loaded or is out of date."""
     reason = None
     # several may lie here: an older install's was compiled for one Python, under a name that Python itself prefers
     for path in (_FOLDER / f'_cpp{suffix}' for suffix in importlib.machinery.EXTENSION_SUFFIXES):
@@ -53,7 +54,7 @@ def _check_length(path: Path) -> None:
     with path.open('rb') as file:
         head = file.read(64)
     if head[:5] == b'\x7fELF\x02' and len(head) == 64:
-        order = 'little' if head[5] == 1 else 'big'
+        order: Any = 'little' if head[5] == 1 else 'big'
         start, size, number = (int.from_bytes(head[a:b], order) for a, b in ((40, 48), (58, 60), (60, 62)))
         if path.stat().st_size < start + size * number:
             raise OSError(f'{path} is cut off')

@@ -48,12 +48,14 @@ def coefficients(
         return algebra.coefficients(moments, size, shared, parameters, statistics, setting)
     out = torch.empty_like(moments)
     joint = torch.empty(2 * (n + c) + 1, dtype=torch.float64, device=moments.device)
-    running, momentum = (None, None, None), 0.0
-    moved_here = statistics is not None and not setting.frozen and can_move(statistics, moments.dtype)
-    if moved_here:
-        *running, momentum = statistics
+    running: tuple = (None, None, None)
+    momentum: float = 0.0
+    moved_here = False
+    if statistics is not None and not setting.frozen and can_move(statistics, moments.dtype):
+        moved_here = True
+        running, momentum = statistics[:3], statistics.momentum or 0.0
     elif setting.frozen and statistics is not None:
-        running = *statistics[:2], None
+        running = (*statistics[:2], None)
     tensors = moments, shared, *_dense(*parameters), *_dense(*running), out, joint
     for plan in plans(n, c, setting):
         launch(_coefficients_kernel, plan, tensors, float(momentum), size)
