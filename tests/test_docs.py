@@ -19,6 +19,7 @@ import doctest
 import importlib
 import importlib.metadata
 import inspect
+import json
 import os
 import pkgutil
 import re
@@ -344,6 +345,23 @@ def test_names(page):
         elif re.fullmatch(r'(tools|configs|docs|benchmarks|tests|sn_openmmlab|requirements)/[\w./-]+', name):
             places = ROOT, *(Path(get_installed_path(library), '.mim') for library in ('mmdet', 'mmseg'))
             assert any((place / name).exists() for place in places), f'there is no {name}'
+
+
+# -- the notebook -----------------------------------------------------------------------------------------------------
+
+
+def test_the_notebook(tmp_path, monkeypatch):
+    """Its cells run in order, in seconds, and give what its text says; its links lead somewhere."""
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for cell in json.loads((ROOT / 'docs/swap_a_detector.ipynb').read_text())['cells']:
+        text = ''.join(cell['source'])
+        if cell['cell_type'] == 'code':
+            exec(text, names)
+        else:
+            assert all((ROOT / 'docs' / link).exists() for link in re.findall(r'\]\((.+?)\)', text))
+    assert names['difference'] < 0.01 and names['loss'].isfinite()
+    assert len(names['run'].layers) == 20 and {'bn.pth', 'sn.pth', 'ratios.png'} <= set(os.listdir())
 
 
 # -- the site ---------------------------------------------------------------------------------------------------------
