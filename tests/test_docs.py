@@ -261,6 +261,8 @@ def check_python(args, monkeypatch):
     if args[:2] == ['-m', 'torch.distributed.run']:  # of dist_*.sh
         args = args[next(i for i, arg in enumerate(args) if arg.endswith('.py')) :]
     args = args[args[0] == '-u' :]
+    if args[:2] == ['-m', 'sn_openmmlab']:
+        return check_python([f'tools/{args[2]}.py', *args[3:]], monkeypatch)
     if args[0] == '-m':
         _, tool, *args = args
         source, start = Path(f'{tool.replace(".", "/")}.py'), runpy.run_module

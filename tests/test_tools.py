@@ -1,5 +1,6 @@
 """tools/train.py and tools/test.py as users run them: real configs, on tiny data, in processes of their own."""
 
+import importlib
 import os
 import pickle
 import re
@@ -300,3 +301,18 @@ def test_slurm_scripts_start_the_tool_under_srun(tmp_path, monkeypatch, kind):
     out = call(tmp_path, TOOLS / f'slurm_{kind}.sh', 'part', 'job', 'no config.py', 'last', fails=True)
     assert '-p part --job-name=job --gres=gpu:8 --ntasks=2' in out
     assert ("config 'no config.py' is no file" if kind == 'train' else "checkpoint 'last' is no file") in out
+
+
+@pytest.mark.parametrize(
+    'argv, message',
+    [
+        (['plot_ratios', 'none.pth'], 'plot_ratios.py: error: none.pth: '),
+        ([], 'where TOOL is one of average_stats, convert_checkpoint, '),
+        (['common'], 'usage: python -m sn_openmmlab TOOL ...'),
+    ],
+)
+def test_tools_of_the_installed_package(import_tool, monkeypatch, capsys, argv, message):
+    monkeypatch.setattr(sys, 'argv', ['sn_openmmlab', *argv])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module('sn_openmmlab.__main__').main()
+    assert message in f'{ended.value}{capsys.readouterr().err}'
