@@ -14,21 +14,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Stopwatch, compare, environment, keep_freed_memory, kept_bytes, peak_bytes, write
+from benchmarks.harness import SHAPES, Stopwatch, compare, environment, keep_freed_memory, kept_bytes, peak_bytes, write
 from sn_openmmlab import SwitchNorm
 from sn_openmmlab.ops import NORMALIZERS, backends
 from sn_openmmlab.ops.backends import cpp
 from sn_openmmlab.ops.backends.interface import Parameters, Setting
-
-SHAPES = {  # the first five are those of the published comparison in this project's goal, the others come on top
-    'R-50-FPN stem': (2, 64, 200, 336),
-    'R-50-FPN stage 1, FPN': (2, 256, 100, 168),
-    'R-50-FPN stage 2': (2, 512, 50, 84),
-    'R-50-FPN stage 4': (2, 2048, 13, 21),
-    'box head': (256, 256, 7, 7),
-    'mask head': (64, 256, 14, 14),
-    'dilated R-50 stage 4': (2, 2048, 64, 64),
-}
 
 
 def on_backend(backend: str) -> Callable[[int], nn.Module]:

@@ -21,6 +21,15 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).parent / 'results'
+SHAPES = {  # the first five are those of the published comparison in this project's goal, the others come on top
+    'R-50-FPN stem': (2, 64, 200, 336),
+    'R-50-FPN stage 1, FPN': (2, 256, 100, 168),
+    'R-50-FPN stage 2': (2, 512, 50, 84),
+    'R-50-FPN stage 4': (2, 2048, 13, 21),
+    'box head': (256, 256, 7, 7),
+    'mask head': (64, 256, 14, 14),
+    'dilated R-50 stage 4': (2, 2048, 64, 64),
+}
 MAPPED_ALONE = 2**25  # from so many bytes on, glibc maps a block by itself once it has adapted to a program
 
 

@@ -1,7 +1,9 @@
 """The harness measures what it says, and the tables say what the result files say."""
 
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import report  # noqa: E402
+from benchmarks import gpu, report  # noqa: E402
 from benchmarks.bench_switch_norm import PASSES, bench_shape, on_backend  # noqa: E402
 from benchmarks.harness import compare, kept_bytes  # noqa: E402
 from sn_openmmlab import SwitchNorm  # noqa: E402
@@ -143,3 +145,82 @@ def test_launches_of_a_chain_are_those_of_triton():
     if tuple(map(int, triton.__version__.split('.')[:2])) < (3, 3):
         pytest.skip('compiled kernels of older Triton take other arguments')
     assert int(without_interpreter('-c', COMPARE_LAUNCHES)) > 100
+
+
+def test_the_check_for_gpus_says_in_one_line_that_there_is_none(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip('there is one')
+    for more in [], ['--only', 'tests', '--out', str(tmp_path)]:
+        done = subprocess.run([sys.executable, '-m', 'benchmarks.gpu', *more], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and not done.stdout and not list(tmp_path.iterdir())
+        assert re.fullmatch(
+            'benchmarks.gpu needs a CUDA device, and torch sees none; .*bench_switch_norm\n', done.stderr
+        )
+
+
+def test_the_check_for_gpus_knows_its_parts(capsys):
+    with pytest.raises(SystemExit) as end:
+        gpu.main(['--only', 'float64'])
+    assert end.value.code == 2 and "invalid choice: 'float64'" in capsys.readouterr().err
+
+
+def test_a_part_that_fails_leaves_the_others(tmp_path):
+    code = {
+        'fails': 'import sys; print("wrong"); sys.exit(3)',
+        'hangs': 'import time; print("slow", flush=True); time.sleep(60)',
+        'dies': 'import os, signal; os.kill(os.getpid(), signal.SIGKILL)',
+        'works': 'print("right")',
+    }
+    parts = {part: [sys.executable, '-c', text] for part, text in code.items()}
+    parts['is missing'] = ['no such program']
+    results = gpu.run_parts(parts, dict.fromkeys(parts, 5), tmp_path, tmp_path)
+    assert [result.split(':')[0] for result in results.values()] == [
+        'ended with 3', 'took longer than 5 s', 'ended with -9', 'ok', 'could not be started'
+    ]  # fmt: skip
+    assert json.loads((tmp_path / 'gpu.json').read_text()) == dict(parts=results)
+    logs = [(tmp_path / f'gpu_{part}.log').read_text() for part in code]
+    assert logs == ['wrong\n', 'slow\n', '', 'right\n']
+
+
+WITHOUT_OPENMMLAB = """
+import sys
+sys.modules['mmengine'] = None
+import torch
+from benchmarks import gpu
+from benchmarks.harness import write
+write('layer', gpu.bench(sys.argv[1], torch.device('cpu'), {'small': (2, 32, 4, 4)}, 0), gpu.Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize('part', ['float32 contiguous', 'bfloat16 channels_last'])
+def test_the_op_is_timed_without_openmmlab(part, tmp_path):
+    """As on a bare machine, but on the CPU, where the device's time is the host's."""
+    bare, out = tmp_path / 'bare', tmp_path / 'out'
+    bare.mkdir()
+    gpu.make_bare(bare)
+    command = [sys.executable, '-c', WITHOUT_OPENMMLAB, part, str(out)]
+    printed = subprocess.run(command, cwd=bare, check=True, capture_output=True, text=True).stdout
+    result = json.loads((out / 'layer.json').read_text())
+    providers = ['BatchNorm', 'GroupNorm(32)', 'SN', 'SN native']
+    phases = [phase + kind for kind in ('', ' on host') for phase in ('forward', 'backward', 'both', 'eval')]
+    assert [(r['provider'], r['phase']) for r in result['rows']] == list(itertools.product(providers, phases))
+    assert all(r['median'] > 0 for r in result['rows']) and part == f'{result["dtype"]} {result["layout"]}'
+    assert 'small 2x32x4x4, eval on host: BatchNorm 1.00  GroupNorm(32) ' in printed
+
+
+def test_a_candidate_that_does_not_run_leaves_the_others(monkeypatch, capsys):
+    made = gpu.candidates(False)
+    monkeypatch.setattr(gpu, 'candidates', lambda compiled: {**made, 'SN': None})
+    rows = gpu.bench('float32 contiguous', torch.device('cpu'), {'small': (2, 32, 4, 4)}, 0)['rows']
+    assert {row['provider'] for row in rows} == {'BatchNorm', 'GroupNorm(32)', 'SN native'}
+    assert "small: SN failed: TypeError: 'NoneType' object is not callable" in capsys.readouterr().out
+
+
+def test_the_tests_of_the_kernels_need_no_openmmlab(tmp_path):
+    """They are found, and import, where the package is ops alone."""
+    pytest.importorskip('triton', reason='Triton is not installed')
+    gpu.make_bare(tmp_path)
+    code = 'import sys; sys.modules["mmengine"] = None; import pytest; sys.exit(pytest.main(sys.argv[1:]))'
+    command = [sys.executable, '-c', code, '-q', '-p', 'no:cacheprovider', *gpu.TESTS, '-k', 'unknown_backend or alone']
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
