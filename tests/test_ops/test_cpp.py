@@ -99,6 +99,31 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype, channels_last):
 
 
 @needs_library
+@pytest.mark.parametrize('threads', [1, 3])
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize(
+    'n, c, size, channels_last',
+    [(2, 16, 2**17, False), (3, 7, 200003, False), (2, 16, 2**17, True), (3, 7, 200003, True)],
+)
+def test_large_maps_are_written_as_small_ones(n, c, size, channels_last, dtype, threads):
+    """Past the cache, to the bit the same, also where the lines of the cache do not begin with the maps."""
+    x, dy = (maps(n, c, size, dtype, channels_last, seed) for seed in (0, 1))
+    moments, coefficients = (torch.stack([small(n, c, seed) for seed in range(k)]) for k in (2, 3))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        whole = cpp.affine(x, moments, coefficients), cpp.combine(dy, x, moments, coefficients)
+    finally:
+        torch.set_num_threads(before)
+    for i in range(n):
+        part = [t[i : i + 1, :, : size // 2] for t in (dy, x)]
+        part = [t.mT.contiguous().mT if channels_last else t.contiguous() for t in part]
+        one = moments[:, i : i + 1].contiguous(), coefficients[:, i : i + 1].contiguous()
+        parts = cpp.affine(part[1], *one), cpp.combine(*part, *one)
+        assert all(torch.equal(a[i : i + 1, :, : size // 2], b) for a, b in zip(whole, parts))
+
+
+@needs_library
 @pytest.mark.parametrize('channels_last', [False, True], ids=['contiguous', 'channels last'])
 def test_bfloat16_is_rounded_as_torch_rounds(channels_last):
     """To the nearest, ties to even, up to infinity, with NaN kept: all that float32 can be, in steps of 2^12."""

@@ -63,8 +63,9 @@ struct Algebra : Arguments {
     Ratios mean_ratios, var_ratios;
     const float *var, *sum_dyx;
     double *mean_ln, *var_ln, *mean_bn, *var_bn, *count;
-    Row* rows = nullptr;                       // of backward, (samples)
-    double *dmean = nullptr, *dvar = nullptr;  // of backward, sums over samples (channels)
+    Row* rows = nullptr;                                         // of backward, (samples)
+    float *rstd = nullptr, *a = nullptr, *sum_dyxhat = nullptr;  // of backward, (samples, channels)
+    double *dmean = nullptr, *dvar = nullptr;                    // of backward, sums over samples (channels)
 
     explicit Algebra(const Arguments& t) : Arguments(t) {
         mean_ratios = softmax(*this, mean_logits), var_ratios = softmax(*this, var_logits);
@@ -181,11 +182,24 @@ struct Gradients {
     float sum_dy, sum_dyxhat, a, dmean, dvar;  // dmean, dvar: w.r.t. the blended moments
 };
 
+// Found once, since roots and quotients take long
+FOR_EACH_CPU void prepare_gradients(const Algebra& t, int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+        const int64_t at = n * t.channels;
+#pragma omp simd
+        for (int64_t c = 0; c < t.channels; ++c) {
+            const float rstd = rstd_at(t, n, c);
+            t.rstd[at + c] = rstd;
+            t.a[at + c] = a_at(t, rstd, c);
+            t.sum_dyxhat[at + c] = rstd * (t.sum_dyx[at + c] - shift_at(t, n, c) * t.sum_dy[at + c]);
+        }
+    }
+}
+
 INLINE Gradients gradients_at(const Algebra& t, int64_t n, int64_t c) {
-    const float sum_dy = t.sum_dy[n * t.channels + c], sum_dyx = t.sum_dyx[n * t.channels + c];
-    const float rstd = rstd_at(t, n, c), a = a_at(t, rstd, c);
-    const float sum_dyxhat = rstd * (sum_dyx - shift_at(t, n, c) * sum_dy);
-    return {sum_dy, sum_dyxhat, a, -a * sum_dy, -0.5f * a * rstd * sum_dyxhat};
+    const int64_t at = n * t.channels + c;
+    const float sum_dy = t.sum_dy[at], sum_dyxhat = t.sum_dyxhat[at], a = t.a[at];
+    return {sum_dy, sum_dyxhat, a, -a * sum_dy, -0.5f * a * t.rstd[at] * sum_dyxhat};
 }
 
 FOR_EACH_CPU void sum_rows(const Algebra& t, int64_t begin, int64_t end) {
@@ -235,13 +249,12 @@ FOR_EACH_CPU void write_coefficients(const Algebra& t, int64_t begin, int64_t en
     for (int64_t n = begin; n < end; ++n) {
         const double dmean_ln = t.rows[n].dmean * t.mean_ratios.ln * ln;
         const double dvar_ln = t.rows[n].dvar * t.var_ratios.ln * ln;
-        float *b1 = t.coefficients + n * t.channels, *b0 = b1 + t.elements(), *a = b0 + t.elements();
+        float *b1 = t.coefficients + n * t.channels, *b0 = b1 + t.elements();
 #pragma omp simd
         for (int64_t c = 0; c < t.channels; ++c) {
             const Gradients g = gradients_at(t, n, c);
             const double mean = t.mean[n * t.channels + c];
             const double dmean = dmean_bn[c] * t.mean_ratios.bn * bn, dvar = dvar_bn[c] * t.var_ratios.bn * bn;
-            a[c] = g.a;
             b1[c] = 2 * (g.dvar * t.var_ratios.in * in + dvar_ln + dvar);
             // the joint variances also hold the spread of the means
             b0[c] = g.dmean * t.mean_ratios.in * in + dmean_ln - 2 * dvar_ln * (t.mean_ln[n] - mean) + dmean -
@@ -283,7 +296,10 @@ void find_coefficients(const Algebra& t) {
 void find_gradients(Algebra t) {
     const std::unique_ptr<Row[]> rows(new Row[t.samples]);
     const std::unique_ptr<double[]> columns(new double[2 * t.channels]);
+    const std::unique_ptr<float[]> numbers(new float[2 * t.elements()]);
     t.rows = rows.get(), t.dmean = columns.get(), t.dvar = t.dmean + t.channels;
+    t.rstd = numbers.get(), t.sum_dyxhat = t.rstd + t.elements(), t.a = t.coefficients + 2 * t.elements();
+    run(prepare_gradients, t, t.samples, t.elements(), t.threads);
     run(sum_rows, t, t.samples, t.elements(), t.threads);
     run(sum_columns, t, t.channels, t.elements(), t.threads);
     run(write_coefficients, t, t.samples, t.elements(), t.threads);
@@ -316,7 +332,10 @@ void sn_coefficients(const char* block) { find_coefficients(Algebra(Arguments(bl
 // shared of the backward pass, of this process alone.
 void sn_pool_gradients(const char* block) {
     Algebra t{Arguments(block)};
+    const std::unique_ptr<float[]> numbers(new float[3 * t.elements()]);
     t.dmean = t.shared, t.dvar = t.shared + t.channels;
+    t.rstd = numbers.get(), t.sum_dyxhat = t.rstd + t.elements(), t.a = t.sum_dyxhat + t.elements();
+    run(prepare_gradients, t, t.samples, t.elements(), t.threads);
     run(sum_columns, t, t.channels, t.elements(), t.threads);
 }
 
