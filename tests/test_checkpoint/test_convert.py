@@ -89,9 +89,9 @@ class TestResNet:
     def theirs(self, tmp_path_factory):
         """A checkpoint as the authors' training code writes it."""
         torch.manual_seed(0)
-        net = ResNet(50).float()
+        net = ResNet(50, width=8).float()
         state = OrderedDict((f'module.{key}', value.clone()) for key, value in net.state_dict().items())
-        assert {tuple(state[f'module.layer1.0.sn1.{name}'].shape) for name in ('weight', 'bias')} == {(1, 64, 1, 1)}
+        assert {tuple(state[f'module.layer1.0.sn1.{name}'].shape) for name in ('weight', 'bias')} == {(1, 8, 1, 1)}
         assert {'module.layer1.0.downsample.1.running_var', 'module.fc.bias'} <= state.keys()
         path = tmp_path_factory.mktemp('theirs') / 'resnet50.pth'
         return net.double(), save(dict(step=7, state_dict=state, best_prec1=0.5), path)
@@ -103,7 +103,7 @@ class TestResNet:
         assert f'{len(net.state_dict()) - 2} keys mapped, 2 skipped, 0 missing' in out
         assert 'skipped fc.weight, fc.bias: the classifier' in out
         x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-        ours = load_all(backbone(), torch.load(tmp_path / 'new.pth')['state_dict'])
+        ours = load_all(backbone(base_channels=8), torch.load(tmp_path / 'new.pth')['state_dict'])
         with torch.no_grad():
             same(ours(x), net(x))
 
@@ -117,10 +117,10 @@ class TestResNet:
             address = str(tmp_path / 'new.pth')
         said = Said()
         if way == 'mmdet init_cfg':
-            model = backbone(init_cfg=dict(type='Pretrained', checkpoint=address))
+            model = backbone(base_channels=8, init_cfg=dict(type='Pretrained', checkpoint=address))
         else:
-            model = segmentor(FCN, pretrained=address)
-            net = dilate(ResNet(50))
+            model = segmentor(FCN, pretrained=address, width=8)
+            net = dilate(ResNet(50, width=8))
             net.load_state_dict(theirs[0].state_dict())
         said.listen()
         model.init_weights()
@@ -391,19 +391,19 @@ def c4_config():
 class TestBatchNorm:
     @pytest.fixture
     def theirs(self, tmp_path):
-        net = backbone(depth=18, norm_cfg=dict(type='BN'))
+        net = backbone(depth=18, base_channels=8, norm_cfg=dict(type='BN'))
         state = net.state_dict()
         for value in state.values():
             if value.dim() == 1:
                 value.uniform_(0.5, 1.5)
-        return net, save({**state, 'fc.weight': torch.rand(10, 512), 'fc.bias': torch.rand(10)}, tmp_path / 'r18.pth')
+        return net, save({**state, 'fc.weight': torch.rand(10, 64), 'fc.bias': torch.rand(10)}, tmp_path / 'r18.pth')
 
     def test_ratios_are_stored(self, theirs, command, tmp_path):
         net, path = theirs
         command('--init-ratios', 0, 0, 1, path, tmp_path / 'new.pth')
         command('--init-ratios', 1 / 3, 1 / 3, 1 / 3, path, tmp_path / 'equal.pth')
         state = torch.load(tmp_path / 'new.pth')['state_dict']
-        ours = backbone(depth=18)
+        ours = backbone(depth=18, base_channels=8)
         ours.load_state_dict(state)
         x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
         with torch.no_grad():
@@ -413,7 +413,7 @@ class TestBatchNorm:
         for layer in ours.modules():
             if isinstance(layer, SwitchNorm):
                 torch.testing.assert_close(layer.importance_ratios, torch.full((2, 3), 1 / 3))
-        direct = backbone(depth=18, norm_cfg=dict(SN_CFG, init_ratios=(1 / 3, 1 / 3, 1 / 3)))
+        direct = backbone(depth=18, base_channels=8, norm_cfg=dict(SN_CFG, init_ratios=(1 / 3, 1 / 3, 1 / 3)))
         direct.load_state_dict(net.state_dict())  # weights are corrected alike
         for name, value in direct.state_dict().items():
             torch.testing.assert_close(ours.float().state_dict()[name], value)
@@ -423,7 +423,7 @@ class TestBatchNorm:
         command(path, tmp_path / 'new.pth')
         state = torch.load(tmp_path / 'new.pth')['state_dict']
         assert not any(key.endswith('mean_weight') for key in state)
-        ours, direct = backbone(depth=18), backbone(depth=18)
+        ours, direct = backbone(depth=18, base_channels=8), backbone(depth=18, base_channels=8)
         ours.load_state_dict(state)
         direct.load_state_dict(net.state_dict())
         torch.testing.assert_close(ours.bn1.importance_ratios, torch.tensor([[0.001, 0.001, 0.998]] * 2))
@@ -432,7 +432,9 @@ class TestBatchNorm:
     def test_by_the_scheme_the_models_own_ratios_stay(self, theirs):
         _, path = theirs
         init_cfg = dict(type='Pretrained', checkpoint=f'switchnorm://{path}')
-        ours = backbone(depth=18, norm_cfg=dict(SN_CFG, init_ratios=(0.2, 0.3, 0.5)), init_cfg=init_cfg)
+        ours = backbone(
+            depth=18, base_channels=8, norm_cfg=dict(SN_CFG, init_ratios=(0.2, 0.3, 0.5)), init_cfg=init_cfg
+        )
         ours.init_weights()
         torch.testing.assert_close(ours.bn1.importance_ratios[0], torch.tensor([0.2, 0.3, 0.5]))
         assert torch.equal(ours.bn1.bn.running_mean, torch.load(path)['bn1.running_mean'])
@@ -496,7 +498,7 @@ class TestBatchNorm:
         _, report = convert_checkpoint(foreign, prefix='')
         assert prefix + 'bn1.bn.running_mean' in report.mapped.values() and not report.skipped
         init_cfg = dict(type='Pretrained', checkpoint=str(path), prefix=f'module.{prefix}'[:-1])
-        ours = backbone(depth=18, init_cfg=init_cfg)
+        ours = backbone(depth=18, base_channels=8, init_cfg=init_cfg)
         ours.init_weights()
         assert torch.equal(ours.bn1.bn.running_mean, state['bn1.running_mean'])
 
@@ -511,7 +513,7 @@ class TestBatchNorm:
         """As torchvision, DETR and DeiT save it. What SN layers advise for such a file works."""
         content = dict(model=torch.load(theirs[1]), args=argparse.Namespace(lr=0.1, device='cuda'))
         path = save(content, tmp_path / 'theirs.pth')
-        ours = backbone(depth=18, init_cfg=dict(type='Pretrained', checkpoint=str(path)))
+        ours = backbone(depth=18, base_channels=8, init_cfg=dict(type='Pretrained', checkpoint=str(path)))
         with pytest.raises(RuntimeError, match=r'switchnorm://PATH.*tools/convert_checkpoint\.py'):
             ours.init_weights()
         command(path, tmp_path / 'new.pth')
