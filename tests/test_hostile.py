@@ -131,13 +131,13 @@ def test_nothing_runs(way, said):
         assert said[way][:-1] == ['good was accepted', 'config was accepted']
 
 
-@pytest.mark.parametrize('kind', hostile.CONTENTS)
+@pytest.mark.parametrize('kind', [kind for kind in hostile.CONTENTS if kind not in ('in a history', 'in a config')])
 def test_each_would_do_harm_if_it_were_unpickled(kind, tmp_path):
-    """Else the test above would be of nothing: it runs, or reaches what no data needs, or crashes, or fails."""
-    harmless = ('in a history', 'in a config')
-    data = pickle.dumps(hostile.CONTENTS[kind](), 2) if kind not in harmless else None
-    if data is None:
-        pytest.skip('holds another one')
+    """Else the test above would be of nothing: it runs, or reaches what no data needs, or crashes, or fails.
+
+    The two that are left out hold one of the others.
+    """
+    data = pickle.dumps(hostile.CONTENTS[kind](), 2)
     code = 'import pickle, sys; x = pickle.loads(sys.stdin.buffer.read()); print(x, hasattr(x, "dtype") and x["a"])'
     done = subprocess.run([sys.executable, '-c', code], input=data, cwd=tmp_path, capture_output=True)
     assert (tmp_path / hostile.FOLDER).exists() or done.returncode != 0 or kind.startswith('getattr'), done.stdout

@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from support import each_set
 
 from sn_openmmlab.ops import NORMALIZERS
 from sn_openmmlab.ops.backends import algebra, cpp
@@ -89,14 +90,11 @@ def assert_close(got, exact, tolerance):
 
 
 @pytest.mark.parametrize('affine', [True, False], ids=['affine', 'plain'])
-@pytest.mark.parametrize('frozen', [False, True], ids=['batch', 'frozen'])
-@pytest.mark.parametrize('names', SUBSETS, ids='-'.join)
+@each_set(SUBSETS)
 @pytest.mark.parametrize('n, c', [(1, 1), (3, 5), (2, 63), (1, 64), (5, 65), (300, 130)])
 @pytest.mark.parametrize('backend', ['python', 'python in float32', pytest.param('cpp', marks=needs_library), 'triton'])
 def test_coefficients_and_gradients(backend, n, c, names, frozen, affine):
     """Also where threads share the work, with 39,000 maps."""
-    if frozen and 'bn' not in names:
-        pytest.skip('frozen statistics are BN statistics')
     if backend == 'triton' and n * c > 4096:
         pytest.skip('the interpreter takes minutes; test_triton.py splits smaller ones')
     load, dtype, tolerance = BACKENDS[backend]

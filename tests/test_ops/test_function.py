@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from support import each_set
 from torch.autograd import gradcheck, gradgradcheck
 
 from sn_openmmlab.ops import NORMALIZERS, switch_norm, switch_norm_reference
@@ -114,17 +115,14 @@ def test_one_hot_ratios_are_torchs_own_norms(backend, name, training):
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize('stats', [False, True], ids=['batch', 'frozen'])
-@pytest.mark.parametrize('names', [NORMALIZERS, ('in', 'ln'), ('ln', 'bn'), ('in',)], ids='-'.join)
+@each_set([NORMALIZERS, ('in', 'ln'), ('ln', 'bn'), ('in',)])
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('shape', [(4, 3), (2, 3, 4), (2, 3, 2, 3), (2, 3, 2, 1, 2)], ids=str)
-def test_gradcheck(backend, shape, layout, names, stats):
-    if stats and 'bn' not in names:
-        pytest.skip('frozen statistics are BN statistics')
+def test_gradcheck(backend, shape, layout, names, frozen):
     x = laid_out(rand(*shape), layout).requires_grad_()
     args = [a.requires_grad_() for a in arguments(3, names)]
-    frozen = arguments(3, names, stats=True)[4:] if stats else []
-    assert gradcheck(lambda *a: switch_norm(*a, *frozen, training=not stats, normalizers=names, eps=0.1), (x, *args))
+    running = arguments(3, names, stats=True)[4:] if frozen else []
+    assert gradcheck(lambda *a: switch_norm(*a, *running, training=not frozen, normalizers=names, eps=0.1), (x, *args))
 
 
 def test_double_backward(backend):
