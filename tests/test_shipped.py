@@ -1,6 +1,6 @@
 """Configs as they are shipped, from the first step to a prediction: by the tools, and by OpenMMLab's inferencers.
 
-With made data, small images, and no checkpoint to start from. One-stage: what mmcv-lite can run too.
+With made data, small images, and no checkpoint to start from. One-stage detectors run on mmcv-lite too.
 """
 
 import subprocess
@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from mmcv import _ext
 from mmdet.apis import DetInferencer
 from mmengine.hub import get_config, get_model
 from mmengine.registry import MODELS, DefaultScope
@@ -37,6 +38,11 @@ train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=5, val_inte
 default_hooks = dict(checkpoint=dict(by_epoch=False, interval=3), logger=dict(interval=1))
 log_processor = dict(by_epoch=False)
 """
+TWO_STAGES = DETECTOR.replace('retinanet_r50', 'mask-rcnn_r50').replace(
+    'bbox_head=dict(num_classes=4), test_cfg=dict(score_thr=0.0, max_per_img=5)',
+    'roi_head=dict(bbox_head=dict(num_classes=4), mask_head=dict(num_classes=4)),\n'
+    '    test_cfg=dict(rcnn=dict(score_thr=0.0, max_per_img=5))',
+)
 SEGMENTOR = """
 _base_ = 'sn_openmmlab::mmseg/sn/fcn_r18-d8_sn_1xb2-20k_camvid-180x240.py'
 model = dict(pretrained=None)
@@ -59,6 +65,7 @@ SCALES = [
 def place(tmp_path_factory):
     place = tmp_path_factory.mktemp('shipped')
     (place / 'detector.py').write_text(DETECTOR)
+    (place / 'two-stages.py').write_text(TWO_STAGES)
     (place / 'segmentor.py').write_text(SEGMENTOR)
     call(place, 'make_demo_data.py', 'data', '--train', '4', '--val', '2', '--size', '64x64')
     return place
@@ -73,8 +80,20 @@ def call(place, tool, *args):
 
 @pytest.mark.parametrize(
     'name, metric, options',
-    [('detector', 'coco/bbox_mAP', SCALES), ('segmentor', 'mIoU', [])],
-    ids=['detector', 'segmentor'],
+    [
+        pytest.param('detector', 'coco/bbox_mAP', SCALES, id='detector'),
+        pytest.param(
+            'two-stages',
+            'coco/segm_mAP',
+            SCALES,
+            id='two-stages',
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(_ext.__file__.endswith('.py'), reason='mmcv-lite has no operators'),
+            ],
+        ),
+        pytest.param('segmentor', 'mIoU', [], id='segmentor'),
+    ],
 )
 def test_training_resuming_and_inferring(place, monkeypatch, name, metric, options):
     config, options = f'{name}.py', ['--work-dir', name, '--cfg-options', 'randomness.seed=0', *options]
@@ -91,7 +110,7 @@ def test_training_resuming_and_inferring(place, monkeypatch, name, metric, optio
     monkeypatch.chdir(place)
     read_checkpoints_as_data()  # upstream's mmengine cannot read its own from torch 2.6 on
     image = str(next((place / 'data/images/val').iterdir()))
-    if name == 'detector':
+    if name != 'segmentor':
         inferencer = DetInferencer(model=config, weights=str(checkpoint), device='cpu', show_progress=False)
         boxes = torch.tensor(inferencer(image)['predictions'][0]['bboxes'])
         assert boxes.shape == (5, 4) and boxes.isfinite().all()
