@@ -270,7 +270,7 @@ class SwitchNorm(nn.InstanceNorm2d):
 
     def _find_statistics(self) -> Any:
         """The module that holds the batch statistics; None without BN."""
-        bn = self._modules.get('bn')
+        bn = self.bn if is_compiling() else self._modules.get('bn')  # dynamo of torch 2.1 knows no such get
         return None if bn is None else batch_statistics.find_holder(bn)
 
     def _find_group(self, bn: nn.Module) -> dist.ProcessGroup | None:

@@ -39,11 +39,6 @@ class Arguments(NamedTuple):
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
 
-    @property
-    def parameters(self) -> Parameters:
-        """What is learned."""
-        return Parameters(*self[1:5])
-
 
 class Plan(NamedTuple):
     """What computes a call."""
@@ -126,7 +121,7 @@ def _make(
     backend = backends.choose(x.device, x.dtype)
     if backend is None or not alone or not x.numel():
         return Plan(setting, backend)
-    program = backend.prepare(x, arguments.parameters, statistics_of(arguments, momentum, setting), setting)
+    program = backend.prepare(x, Parameters(*arguments[1:5]), statistics_of(arguments, momentum, setting), setting)
     kept = torch.empty(sum(kept_sizes(x.shape[0], x.shape[1], x.dtype)), dtype=torch.float64, device=x.device)
     learned = [t for t in arguments[1:4] if t is not None]
     return Plan(setting, backend, program, describe(x.detach(), x, kept, *learned))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .backends import algebra
-from .backends.interface import Setting
+from .backends.interface import Parameters, Setting
 from .formula import NORMALIZERS, switch_norm_graph, switch_norm_reference
 from .plan import Arguments, check, look_up, statistics_of
 from .run import backward, forward, split_gradients
@@ -104,7 +104,7 @@ def switch_norm(
 
 def _switch_norm(arguments: Arguments, momentum: float | None, setting: Setting, group) -> Tensor:
     """Where there are no kernels, or others than these have to see what is computed."""
-    x, parameters = arguments.x, arguments.parameters
+    x, parameters = arguments.x, Parameters(*arguments[1:5])  # dynamo of torch 2.1 knows no properties of named tuples
     frozen = setting.frozen
     statistics = statistics_of(arguments, momentum, setting)
     mean_bn, var_bn = (arguments.running_mean, arguments.running_var) if frozen else (None, None)
