@@ -36,8 +36,8 @@ ENVIRONMENTS = {  # Python, torch, line of OpenMMLab
 }
 TESTS = (
     'test_ops/test_formula.py test_ops/test_function.py test_ops/test_algebra.py test_ops/test_cpp.py '
-    'test_ops/test_compile.py test_layers test_hooks test_convert test_checkpoint test_running_statistics.py '
-    'test_register.py test_ratios.py test_guards.py test_shipped.py'
+    'test_ops/test_compile.py test_ops/test_plan.py test_layers test_hooks test_convert test_checkpoint '
+    'test_running_statistics.py test_register.py test_ratios.py test_guards.py test_shipped.py'
 )
 MARKER = '<!-- compatibility {} -->'
 
