@@ -1,9 +1,11 @@
 """What all tests share: processes that run for the whole session, since starting one takes seconds."""
 
+import functools
 import importlib
 import os
 import sys
 
+import mmengine.config.utils
 import pytest
 import torch
 from processes import Processes
@@ -12,6 +14,9 @@ from support import TOOLS
 if 'PYTEST_XDIST_WORKER' in os.environ:  # one of several processes, which share the cores
     os.environ.setdefault('OMP_NUM_THREADS', '1')
     torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
+
+# mmengine reads all metafiles of a library each time that a config names a base there, in nine tenths of its time
+mmengine.config.utils.load = functools.lru_cache(maxsize=None)(mmengine.config.utils.load)
 
 
 def pytest_runtest_setup(item):
