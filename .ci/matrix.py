@@ -175,7 +175,8 @@ def write_tables(results: dict) -> None:
         line = 'upstream' if r['line'] == UPSTREAM else 'maintained (`onedl-*`)'
         skipped = sum(r['skipped'].values())
         rows.append(f'| {r["python"]} | {r["torch"]} | {line} | {r["passed"]} | {r["failed"]} | {skipped} |')
-    reasons = ['| ' + ' | '.join(['not done, or not possible', *(r['torch'] for r in results.values())]) + ' |']
+    heads = [f'{r["torch"]} ({r["python"]})' for r in results.values()]
+    reasons = ['| ' + ' | '.join(['not done, or not possible, by torch (Python)', *heads]) + ' |']
     reasons.append('| :--- |' + ' :---: |' * len(results))
     for reason in sorted({reason for r in results.values() for reason in r['skipped']}):
         marks = ['x' if reason in r['skipped'] else '' for r in results.values()]
