@@ -168,9 +168,9 @@ def flags_of(tensor):
 @pytest.mark.parametrize('channels_last', [False, True], ids=['contiguous', 'channels last'])
 def test_large_outputs_ask_for_huge_pages(dtype, channels_last):
     """In a process of its own: elsewhere small tensors may lie where larger ones have asked before."""
-    folder = str(Path(__file__).parent)
-    code = f'import sys; sys.path.insert(0, {folder!r}); import test_cpp; test_cpp.ask_for_huge_pages({{}}, {{}})'
-    subprocess.run([sys.executable, '-c', code.format(repr(str(dtype)), channels_last)], check=True)
+    code = f'import test_cpp; test_cpp.ask_for_huge_pages({str(dtype)!r}, {channels_last})'
+    # in this folder, where Python finds the installed package, and not the checkout, which may have no library
+    subprocess.run([sys.executable, '-c', code], cwd=Path(__file__).parent, check=True)
 
 
 def ask_for_huge_pages(dtype, channels_last):
