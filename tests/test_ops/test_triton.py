@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import os
+import random
 import subprocess
 import sys
 import warnings
@@ -14,6 +15,7 @@ import torch
 
 from sn_openmmlab.ops import NORMALIZERS, backends, plan, switch_norm
 from sn_openmmlab.ops.backends import native
+from sn_openmmlab.ops.backends.interface import Setting
 
 triton = pytest.importorskip('triton', reason='Triton is not installed')
 tl = triton.language
@@ -452,3 +454,77 @@ def test_kernels_compile_and_load_16_bytes_at_once():
     assert set(ptx) == {k for k in kernels if k.endswith('_kernel')}
     for name in '_moments_kernel', '_reduce_kernel', '_combine_kernel':
         assert all('v4.b32' in text for text in ptx[name][:2]), name
+
+
+SMALL = '2x2048x13x21', '32x2048x7x7', '256x256x7x7', '1024x256x7x7', '1024x256x14x14'  # in lines that begin anywhere
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('architecture', [80, 90], ids='sm_{}'.format)
+def test_kernels_of_real_shapes_keep_their_numbers_in_registers(architecture):
+    """And load and store 16 bytes at once where maps allow it; prints the table (pytest -s)."""
+    script = str(Path(__file__).with_name('compile_kernels.py'))
+    rows = json.loads(alone('-W', 'ignore', script, str(architecture)).splitlines()[-1])
+    print('| ' + ' | '.join(rows[0]) + ' |')
+    for row in rows:
+        print('| ' + ' | '.join(map(str, row.values())) + ' |')
+    assert len({(row['shape'], row['dtype'], row['layout']) for row in rows}) == 11 * 3 * 2
+    for row in rows:
+        assert row['spilled'] == 0, row
+        maps = row['kernel'] in ('_moments_kernel', '_reduce_kernel', '_combine_kernel')
+        if maps and (row['layout'] == 'NHWC' or row['shape'] not in SMALL):
+            assert row['load'] == 128, row
+            assert row['store'] == 128 or row['kernel'] != '_combine_kernel', row
+
+
+# How many there are
+
+
+def list_kernels(n, c, size, channels_last, itemsize):
+    """What distinguishes those of one layer: their names, and the arguments that they are compiled for."""
+    sizes = n, c, size, channels_last, itemsize, 132
+    reduction, mapping = passes.reduction_plan(*sizes), passes.map_plan(*sizes)
+    split = reduction.arguments['parts'] > 1
+    launches = [('moments', reduction, split), ('reduce', reduction), ('affine', mapping), ('combine', mapping)]
+    launches += [('join', reduction.joining), ('add', reduction.adding)] * split
+    for made in triton_algebra.plans(n, c, Setting(NORMALIZERS, 1e-5, False)):
+        launches += [('coefficients', made), ('gradients', made)]
+    for name, made, *more in launches:
+        constants = (item for item in made.arguments.items() if item[0].isupper() and item[0] not in 'NC')
+        yield name, made.num_warps, (*constants, *more)
+
+
+@pytest.mark.parametrize(
+    'itemsize, channels_last, most', [(4, False, 80), (4, True, 55), (2, False, 100), (2, True, 55)]
+)
+def test_a_training_compiles_few_kernels(itemsize, channels_last, most):
+    """500 steps of Mask R-CNN R-50 FPN, whose images and RoIs have other sizes and numbers each time."""
+    choose = random.Random(0)
+    images = [
+        (480, 640),
+        (427, 640),
+        (640, 480),
+        (425, 640),
+        (500, 375),
+        (333, 500),
+        (612, 612),
+        (360, 640),
+        (428, 640),
+    ]
+    kernels, first = set(), None
+    for _ in range(500):
+        height = width = 0
+        for h, w in choose.choices(images, k=2):
+            scale = min(1333 / max(h, w), choose.choice((640, 672, 704, 736, 768, 800)) / min(h, w))
+            height, width = max(height, round(h * scale)), max(width, round(w * scale))
+        height, width = (-(-side // 32) * 32 for side in (height, width))
+        layers = [(64, 2)]  # channels, and the stride of the maps
+        for channels, stride in (64, 4), (128, 8), (256, 16), (512, 32):
+            layers += [(channels, max(stride // 2, 4)), (channels, stride), (4 * channels, stride), (256, stride)]
+        layers = [(2, c, (height // stride) * (width // stride)) for c, stride in layers]
+        masks = min(max(round(choose.lognormvariate(4, 1)), 1), 256)
+        for layer in [*layers, (1024, 256, 49), (masks, 256, 196)]:
+            kernels.update(list_kernels(*layer, channels_last, itemsize))
+        first = first or len(kernels)
+    print(f'{first} kernels in the first step, {len(kernels)} in 500')
+    assert 20 < first < len(kernels) <= most

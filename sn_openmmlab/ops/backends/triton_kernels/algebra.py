@@ -118,6 +118,8 @@ def _dense(*tensors: 'Tensor | None') -> 'list[Tensor | None]':
 @functools.lru_cache(4096)
 def plans(n: int, c: int, setting: Setting, by_column: bool = False) -> 'list[Plan]':
     rows, columns = triton.next_power_of_2(n), triton.next_power_of_2(c)
+    if rows in (8, 32, 128, 512, 2048) and not rows * columns <= _ALONE < 2 * rows * columns:
+        rows *= 2  # numbers of RoIs change from step to step: few kernels do
     few_rows = max(1, 1024 // columns)
     few_columns = min(max(8, 1024 // rows), max(1, 4096 // rows))  # 8 floats are read at once
     column = _plan('by column', n, c, triton.cdiv(c, few_columns), rows, few_columns, setting)
@@ -131,8 +133,9 @@ def plans(n: int, c: int, setting: Setting, by_column: bool = False) -> 'list[Pl
 def _plan(part, n: int, c: int, programs: int, rows: int, columns: int, setting: Setting) -> Plan:
     names = setting.normalizers
     places = {name.upper(): names.index(name) if name in names else -1 for name in NORMALIZERS}
+    warps = _warps(rows * columns * (2 if part == 'by column' else 1))  # else backward runs out of registers
     return Plan(
-        programs, _warps(rows * columns), N=n, C=c, EPS=float(setting.eps), FROZEN=bool(setting.frozen), **places,
+        programs, warps, N=n, C=c, EPS=float(setting.eps), FROZEN=bool(setting.frozen), **places,
         PART=part, ROWS=rows, COLUMNS=columns,
     )  # fmt: skip
 

@@ -101,7 +101,9 @@ def reduction_plan(
     else:
         # a quarter of a small map: the narrower the tile, the fewer threads share a row and have to exchange its sums
         pixels = min(triton.next_power_of_2(size), max(8, triton.next_power_of_2(triton.cdiv(size, 4))), tile)
-        rows = min(_power_of_2_up_to(n * c // (8 * processors)), max(1, tile // 2 // pixels))  # and no processor idle
+        rows = _power_of_2_up_to(n * c // (8 * processors))  # and no processor idle
+        rows = rows // 2 if rows in (2, 8, 32) else rows  # numbers of RoIs change from step to step: few kernels do
+        rows = min(rows, max(1, tile // 2 // pixels))
         blocks = triton.cdiv(n * c, rows)
     tiles = triton.cdiv(size, pixels)
     if blocks < 2 * processors:  # too few to fill the device: share out the tiles of a map, at least 3 to a program
@@ -139,14 +141,15 @@ def _joining_plan(plan: Plan, maps: int) -> Plan:
     rows = min(triton.next_power_of_2(maps), max(1, 512 // width))
     pixels *= plan.arguments['tiles']
     sizes = dict(maps=maps, size=size, parts=parts, pixels=pixels, ROWS=rows, PARTS=width)
-    return Plan(triton.cdiv(maps, rows), _warps(rows * width), **sizes)
+    return Plan(triton.cdiv(maps, rows), _warps(4 * rows * width), **sizes)  # numbers of float64 take more registers
 
 
 def _plan(n: int, c: int, size: int, channels_last: bool, itemsize: int, rows: int, pixels: int, tiles: int) -> Plan:
     """A program for every ``rows`` maps and ``tiles`` tiles of ``pixels`` pixels."""
     groups, length, stride = (n, c, c) if channels_last else (1, n * c, size)
     parts = triton.cdiv(size, tiles * pixels)
-    vector = min(stride & -stride, 16 // itemsize)  # elements that every row starts a multiple of
+    # elements that every row starts a multiple of: 16 bytes or, of half precision, 8; each width is a kernel of its own
+    vector = next((width for width in (16 // itemsize, 4) if stride % width == 0), 1)
     plan = Plan(
         groups * triton.cdiv(length, rows) * parts, _warps(rows * pixels),
         maps=n * c, length=length, size=size, parts=parts, tiles=tiles,
@@ -295,8 +298,9 @@ def _combine_kernel(
 ):
     """out = b1*(x - mean) + b0, and + a*dy if there is a dy."""
     start, place, exist, part = _block(length, size, parts, ROWS, VECTOR, CHANNELS_LAST)
-    at, inside = _tile(part, start, length, size, exist, ROWS, PIXELS, VECTOR, CHANNELS_LAST)
-    x = _load(x_ptr, at, inside, mean_ptr)
+    # offsets of 32 bits take fewer registers, which the other kernels have no use for
+    start, at, inside = _place(part, start, length, size, exist, ROWS, PIXELS, VECTOR, CHANNELS_LAST)
+    x = _load(x_ptr + start, at, inside, mean_ptr)
     mean = tl.load(mean_ptr + place, mask=exist, other=0.0)[:, None]
     if CHANNELS_LAST:
         maps = tl.multiple_of(maps, VECTOR)
@@ -306,8 +310,8 @@ def _combine_kernel(
     out = b1 * (x - mean) + tl.load(b0_ptr, mask=exist, other=0.0)[:, None]
     if dy_ptr is not None:
         a = tl.load(b0_ptr + maps, mask=exist, other=0.0)[:, None]
-        out += a * _load(dy_ptr, at, inside, mean_ptr)
-    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+        out += a * _load(dy_ptr + start, at, inside, mean_ptr)
+    tl.store(out_ptr + start + at, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -355,7 +359,24 @@ def _tile(
     VECTOR: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
-    """Offsets [ROWS, PIXELS] of tile i of a block, and which of them lie inside the tensor.
+    """Offsets [ROWS, PIXELS] of tile i of a block, and which of them lie inside the tensor."""
+    start, at, inside = _place(i, start, length, size, exist, ROWS, PIXELS, VECTOR, CHANNELS_LAST)
+    return start + at, inside
+
+
+@triton.jit
+def _place(
+    i,
+    start,
+    length,
+    size,
+    exist,  # [ROWS]
+    ROWS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
+    """Where tile i of a block starts, offsets [ROWS, PIXELS] from there, and which of them lie inside the tensor.
 
     Within a tile they take 32 bits, and where the strides allow it, the compiler is told to load 16 bytes at once.
     """
@@ -368,7 +389,7 @@ def _tile(
         start += i * PIXELS
         at = tl.multiple_of(row * size, (VECTOR, VECTOR)) + pixel
         left = tl.multiple_of(left, VECTOR)
-    return tl.multiple_of(start, VECTOR) + at, exist[:, None] & (pixel < left)
+    return tl.multiple_of(start, VECTOR), at, exist[:, None] & (pixel < left)
 
 
 @triton.jit
