@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from mmseg.structures import SegDataSample
 from torch import nn
 
 import sn_openmmlab  # noqa: F401  (registers SN)
-from benchmarks.harness import Stopwatch, compare, environment, keep_freed_memory, peak_bytes, write
+from benchmarks.harness import RESULTS, Stopwatch, compare, environment, keep_freed_memory, peak_bytes, write
 
 NORMS = {
     'BN': dict(type='BN'),
@@ -120,10 +121,11 @@ def timed(norm: str, step: Callable[[], object], device: torch.device) -> Callab
 
     def run() -> dict[str, float]:
         with formula(norm):
-            watch = Stopwatch(device)
+            watch, cpu = Stopwatch(device), time.process_time()
             step()
             watch.lap()
-        return dict(step=watch.seconds()[0])
+        # of all threads and of the system, which maps memory: on a busy machine the better measure
+        return dict(step=watch.seconds()[0], cpu=time.process_time() - cpu)
 
     return run
 
@@ -133,24 +135,29 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--seconds', type=float, default=60, help='about this long for each model')
+    parser.add_argument('--default-allocator', action='store_true', help='leave freed memory to glibc, as users do')
     parser.add_argument('--models', nargs='+', default=list(SIZES), choices=list(SIZES))
+    parser.add_argument('--norms', nargs='+', default=list(NORMS), choices=list(NORMS), help='BN first')
+    parser.add_argument('--out', type=Path, default=RESULTS, help='folder of the result file')
     args = parser.parse_args(argv)
     device = torch.device(args.device)
-    result = dict(environment(device), keeps_freed_memory=keep_freed_memory(), rows=[])
+    result = dict(environment(device), keeps_freed_memory=not args.default_allocator and keep_freed_memory(), rows=[])
     for model in args.models:
         size = SIZES[model][device.type]
-        candidates = {norm: timed(norm, steps(model, norm, size, device), device) for norm in NORMS}
+        candidates = {norm: timed(norm, steps(model, norm, size, device), device) for norm in args.norms}
         times = compare(candidates, args.seconds, rounds=5)
         for norm, phases in times.items():
             summary = phases['step']
-            ratio = summary['median'] / times['BN']['step']['median']
-            peak = peak_bytes(candidates[norm], device)
-            result['rows'].append(dict(model=model, size=size, norm=norm, ratio=ratio, peak_bytes=peak, **summary))
+            ratio = summary['median'] / times[args.norms[0]]['step']['median']
+            peak, cpu = peak_bytes(candidates[norm], device), phases['cpu']['median']
+            row = dict(model=model, size=size, norm=norm, ratio=ratio, peak_bytes=peak, cpu=cpu, **summary)
+            result['rows'].append(row)
             print(
-                f'{model} {size} {norm}: {summary["median"]:.3f} s, {ratio:.2f} of BN, {peak / 2**20:.0f} MiB',
+                f'{model} {size} {norm}: {summary["median"]:.3f} s, {ratio:.2f} of {args.norms[0]}, '
+                f'{cpu:.3f} s of CPUs, {peak / 2**20:.0f} MiB',
                 flush=True,
             )
-    print('wrote', write(f'models_{device.type}', result))
+    print('wrote', write(f'models_{device.type}' + '_default_allocator' * args.default_allocator, result, args.out))
 
 
 if __name__ == '__main__':

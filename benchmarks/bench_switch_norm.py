@@ -2,7 +2,8 @@
 
     python -m benchmarks.bench_switch_norm [--device cpu] [--dtype float32] [--layout contiguous] [--seconds 10]
 
-writes ``benchmarks/results/switch_norm_DEVICE_DTYPE_LAYOUT.json``. Ratios are of medians, to ``nn.BatchNorm2d``.
+writes ``benchmarks/results/switch_norm_DEVICE_DTYPE_LAYOUT.json``, or, with
+``--default-allocator``, a file of that name. Ratios are of medians, to ``nn.BatchNorm2d``.
 """
 
 from __future__ import annotations
@@ -171,13 +172,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--dtype', default='float32', choices=['float32', 'float16', 'bfloat16', 'float64'])
     parser.add_argument('--layout', default='contiguous', choices=['contiguous', 'channels_last'])
     parser.add_argument('--seconds', type=float, default=10, help='about this long for each shape')
+    parser.add_argument('--default-allocator', action='store_true', help='leave freed memory to glibc, as users do')
     parser.add_argument('--no-compiled', action='store_true', help='leave out torch.compile')
     args = parser.parse_args(argv)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     makes = providers(device, dtype, not args.no_compiled)
     result = dict(
         environment(device),
-        keeps_freed_memory=keep_freed_memory(),
+        keeps_freed_memory=not args.default_allocator and keep_freed_memory(),
         dtype=args.dtype,
         layout=args.layout,
         names=list(SHAPES),
@@ -190,7 +192,8 @@ def main(argv: list[str] | None = None) -> None:
         result['passes'] += parts
         line = '  '.join(f'{r["provider"]} {r["ratio"]:.2f}' for r in rows if r['phase'] == 'both')
         print(f'{name} {"x".join(map(str, shape))}: {line}', flush=True)
-    print('wrote', write(f'switch_norm_{device.type}_{args.dtype}_{args.layout}', result))
+    name = f'switch_norm_{device.type}_{args.dtype}_{args.layout}' + '_default_allocator' * args.default_allocator
+    print('wrote', write(name, result))
 
 
 if __name__ == '__main__':

@@ -39,7 +39,7 @@ def layer_tables(result: dict) -> str:
     providers = list(dict.fromkeys(row['provider'] for row in result['rows']))
     cells = {(tuple(r['shape']), r['provider'], r['phase']): r for r in result['rows']}
     text = [
-        f'## {result["dtype"]}, {result["layout"].replace("_", " ")}, {result["device"]}',
+        f'## {result["dtype"]}, {result["layout"].replace("_", " ")}, {_name_allocator(result)}{result["device"]}',
         '',
         _describe_conditions(result),
     ]
@@ -103,7 +103,7 @@ def _list_ratios(result: dict, provider: str, phase: str) -> list[float]:
 
 def model_table(result: dict) -> str:
     """Seconds a training step, ratio to BN, peak memory."""
-    text = [f'## Training steps, {result["device"]}', '', _describe_conditions(result), '']
+    text = [f'## Training steps, {_name_allocator(result)}{result["device"]}', '', _describe_conditions(result), '']
     text += ['| model | images | norm | step (s), 20 to 80 % | ratio to BN | peak memory (MiB) |']
     text += ['| :--- | :--- | :--- | ---: | ---: | ---: |']
     for r in result['rows']:
@@ -131,6 +131,10 @@ def host_table(result: dict) -> str:
         times = ' | '.join(f'{r["best"]:.0f} ({r["median"]:.0f})' for r in row)
         text.append(f'| {name}, {samples} samples | {times} |')
     return '\n'.join(text)
+
+
+def _name_allocator(result: dict) -> str:
+    return '' if result['keeps_freed_memory'] else 'freed memory left to glibc, '
 
 
 def _describe_conditions(result: dict) -> str:

@@ -495,7 +495,7 @@ def list_kernels(n, c, size, channels_last, itemsize):
 
 
 @pytest.mark.parametrize(
-    'itemsize, channels_last, most', [(4, False, 80), (4, True, 55), (2, False, 100), (2, True, 55)]
+    'itemsize, channels_last, most', [(4, False, 86), (4, True, 55), (2, False, 106), (2, True, 55)]
 )
 def test_a_training_compiles_few_kernels(itemsize, channels_last, most):
     """500 steps of Mask R-CNN R-50 FPN, whose images and RoIs have other sizes and numbers each time."""

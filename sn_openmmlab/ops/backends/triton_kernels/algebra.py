@@ -118,7 +118,7 @@ def _dense(*tensors: 'Tensor | None') -> 'list[Tensor | None]':
 @functools.lru_cache(4096)
 def plans(n: int, c: int, setting: Setting, by_column: bool = False) -> 'list[Plan]':
     rows, columns = triton.next_power_of_2(n), triton.next_power_of_2(c)
-    if rows in (8, 32, 128, 512, 2048) and not rows * columns <= _ALONE < 2 * rows * columns:
+    if rows in (128, 512, 2048) and not rows * columns <= _ALONE < 2 * rows * columns:
         rows *= 2  # numbers of RoIs change from step to step: few kernels do
     few_rows = max(1, 1024 // columns)
     few_columns = min(max(8, 1024 // rows), max(1, 4096 // rows))  # 8 floats are read at once
