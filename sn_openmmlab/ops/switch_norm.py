@@ -183,7 +183,7 @@ def _is_transformed() -> bool:
 def _has_memory(t: Tensor) -> bool:
     """Whether its elements are what lies at an address; not so of fake, batched and distributed tensors."""
     try:
-        return type(t) is Tensor and (t.data_ptr() != 0 or t.numel() == 0)
+        return type(t) in (Tensor, torch.nn.Parameter) and (t.data_ptr() != 0 or t.numel() == 0)
     except RuntimeError:  # a wrapper without an address
         return False
 

@@ -174,7 +174,8 @@ def test_gradients_stored_otherwise(monkeypatch):
     x, logits = torch.randn(3, 6, 5, 4).requires_grad_(), torch.ones(3)
     dy = torch.randn(3, 6, 5, 4)
     expected = torch.autograd.grad(switch_norm(x, logits, logits, training=True), x, dy)[0]
-    for other in dy.to(memory_format=torch.channels_last), dy.mT.contiguous().mT, torch._neg_view(-dy):
+    others = dy.to(memory_format=torch.channels_last), dy.mT.contiguous().mT, torch._neg_view(-dy), nn.Parameter(dy)
+    for other in others:
         got = torch.autograd.grad(switch_norm(x, logits, logits, training=True), x, other)[0]
         torch.testing.assert_close(got, expected)
 
