@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from mmengine.logging import MMLogger
 from processes import free_port
 from torch import nn
@@ -17,15 +16,6 @@ from sn_openmmlab import SwitchNorm
 ROOT = Path(__file__).parents[1]
 TOOLS = ROOT / 'tools'
 CONFIGS = ROOT / 'configs'
-
-
-def each_set(sets):
-    """Parametrize a test by ``names`` of normalizers, and by whether statistics are ``frozen``, where BN has any."""
-    return pytest.mark.parametrize(
-        'names, frozen',
-        [(names, frozen) for names in sets for frozen in (False, True) if 'bn' in names or not frozen],
-        ids=lambda value: '-'.join(value) if isinstance(value, tuple) else 'frozen' if value else 'batch',
-    )
 
 
 def call(place, *command, fails=False):

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from support import each_set
+from cases import each_set
 
 from sn_openmmlab.ops import NORMALIZERS
 from sn_openmmlab.ops.backends import algebra, cpp

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from support import each_set
+from cases import each_set
 from torch.autograd import gradcheck, gradgradcheck
 
 from sn_openmmlab.ops import NORMALIZERS, switch_norm, switch_norm_reference

@@ -12,9 +12,10 @@ import torch.autograd.forward_ad as forward_ad
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.testing._internal.two_tensor import TwoTensor
 
 from sn_openmmlab import SwitchNorm, switch_norm
+
+TwoTensor = pytest.importorskip('torch.testing._internal.two_tensor', reason='came with torch 2.1').TwoTensor
 
 CLOSE = dict(rtol=1e-4, atol=1e-5)
 BACKENDS = ['native', None]  # None: the C++ passes, where the installation could compile them
