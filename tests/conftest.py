@@ -8,8 +8,12 @@ import sys
 import mmengine.config.utils
 import pytest
 import torch
-from processes import Processes
-from support import TOOLS
+
+if not torch.cuda.is_available():  # as test_ops/conftest.py, but before the package, which imports Triton on torch 2.4
+    os.environ.setdefault('TRITON_INTERPRET', '1')
+
+from processes import Processes  # noqa: E402
+from support import TOOLS  # noqa: E402
 
 if 'PYTEST_XDIST_WORKER' in os.environ:  # one of several processes, which share the cores
     os.environ.setdefault('OMP_NUM_THREADS', '1')
