@@ -132,8 +132,8 @@ WAYS = ['load_state_dict', 'load_from', 'init_cfg', 'switchnorm://', 'convert']
 
 
 def swap(*depth):
-    """A case of WAYS that needs mmcv: there is the BN that configs name."""
-    return pytest.param('swap', *depth, marks=pytest.mark.needs('mmcv'))
+    """A case of WAYS that needs mmcv, which registers the BN that configs name."""
+    return pytest.param('swap', *depth, marks=pytest.mark.needs('mmcv.cnn'))
 
 
 @pytest.mark.parametrize('way, depth', [*((way, 20) for way in WAYS), ('load_from', 56), ('convert', 56), swap(20)])
