@@ -32,11 +32,12 @@ def backward(plan: Plan, dy: Tensor, x: Tensor, parameters: tuple, kept: Tensor,
     if plan.program is not None:
         dy = _like(dy, x)
         mean_weight, var_weight, weight, _ = parameters
-        tensors = (dy, x, kept, mean_weight, var_weight, weight)[: 5 if weight is None else 6]
-        addresses = [t.data_ptr() for t in tensors]
+        tensors = dy, x, kept, mean_weight, var_weight, weight
+        present = tensors[:5] if weight is None else tensors
+        addresses = [t.data_ptr() for t in present]
         # what was true of them in the forward pass need not be any more
-        if describe(*tensors) == plan.backward and 0 not in addresses:
-            return plan.program.backward(tensors, addresses)
+        if describe(*present) == plan.backward and 0 not in addresses:
+            return plan.program.backward(tensors, [*addresses, 0] if weight is None else addresses)
     assert plan.backend is not None
     moments, joint = _separate(kept, x)
     return _backward(dy, x, moments, joint, Parameters(*parameters), plan.setting, group, plan.backend)

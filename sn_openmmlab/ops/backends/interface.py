@@ -63,7 +63,7 @@ class Program(Protocol):
     def backward(self, tensors: tuple, addresses: list[int]) -> tuple[Tensor, Tensor]:
         """The gradient of x, and in one tensor (2C + 2K,) those of weight, bias, mean_weight and var_weight.
 
-        Tensors are dy, x, what forward kept, mean_weight, var_weight and, if there is one, weight.
+        Tensors are dy, x, what forward kept, mean_weight, var_weight and weight; the address of what is None is 0.
         """
 
 

@@ -155,7 +155,7 @@ class _Program:
 
     def backward(self, tensors: tuple, addresses: list[int]) -> tuple[Tensor, Tensor]:
         dx, small = torch.empty_like(tensors[1]), torch.empty(self._small, dtype=torch.float32, device='cpu')
-        dy, x, moments, mean_weight, var_weight, weight = addresses + [0] * (6 - len(addresses))
+        dy, x, moments, mean_weight, var_weight, weight = addresses
         others = _others(
             torch.get_num_threads(), 0, x, mean_weight, var_weight, weight, 0, 0, 0, 0, dy, dx.data_ptr(),
             moments, moments + self._joint, 0, 0, 0, small.data_ptr(),

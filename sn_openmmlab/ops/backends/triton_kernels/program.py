@@ -96,19 +96,12 @@ class Program:
         dx, memory = torch.empty_like(tensors[1]), self._backward_memory
         small = torch.empty(self._small, dtype=self._dtype, device=self._device)
         work = dx.new_empty(memory.size // self._itemsize)
-        addresses = addresses + [0] * (6 - len(addresses))
         dy, x, moments, a, b, c = addresses
-        inner = [
-            moments + self._joint,
-            dx.data_ptr(),
-            small.data_ptr(),
-            *self._backward_memory.addresses(work.data_ptr()),
-        ]
+        inner = [moments + self._joint, dx.data_ptr(), small.data_ptr(), *memory.addresses(work.data_ptr())]
         aligned = (dy | x | moments | a | b | c | inner[1] | inner[2] | inner[3]) % 16 == 0
 
         def all_tensors() -> list:
             (dy, x, kept, *learned), dtype = tensors, self._dtype
-            learned += [None] * (3 - len(learned))
             parts = memory.tensors(work.view(torch.uint8), dtype, dtype, torch.float64, dtype)
             return [dy, x, kept.view(dtype), *learned, kept[self._joint // 8 :], dx, small, *parts]
 
