@@ -180,8 +180,9 @@ def _is_half(x: Tensor) -> bool:
 
 
 def _for_sums(x: Tensor, small: int = _SMALL) -> Tensor:
-    """Maps of less than ``small`` pixels are summed faster in float32."""
-    return x.float() if _is_half(x) and x.is_contiguous() and x.shape[2] < small else x
+    """Maps of less than ``small`` pixels are summed faster in float32; CUDA would round sums as the maps are."""
+    coarse = x.device.type != 'cpu' or (x.is_contiguous() and x.shape[2] < small)
+    return x.float() if _is_half(x) and coarse else x
 
 
 @functools.lru_cache(1024)
