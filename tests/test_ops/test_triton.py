@@ -59,7 +59,8 @@ def take(way, monkeypatch):
     if way == 'packed':  # many maps to a program, as where there are far more maps than processors
         monkeypatch.setattr(passes, '_processors', lambda device: 1)
     elif way == 'split':  # the tiles of a map shared out to several programs
-        monkeypatch.setattr(passes, 'reduction_plan', functools.partial(passes.reduction_plan, tile=8))
+        monkeypatch.setattr(passes, 'reduction_plan', functools.partial(passes.reduction_plan, tile=2))
+        assert passes.reduction_plan(2, 3, 35, False, 4, 132).arguments['parts'] > 1
     elif way == 'by row and column':  # algebra too large for one program
         monkeypatch.setattr(triton_algebra, '_ALONE', 1)
         triton_algebra.plans.cache_clear()
@@ -416,7 +417,7 @@ def import_none(monkeypatch):
     ids=['no compiler', 'old Triton', 'no Triton', 'float64', 'no GPU'],
 )
 def test_native_stands_in_and_says_why_once(monkeypatch, asked_anew, without, dtype, reason):
-    device = torch.device('cpu')
+    device = torch.device('cpu' if 'cpu' in reason else DEVICE)
     without(monkeypatch)
     monkeypatch.setenv('SN_BACKEND', 'triton')
     with pytest.raises(RuntimeError, match=f"'triton'.*{reason}.*unset SN_BACKEND"):
@@ -441,7 +442,7 @@ def alone(*command):
 
 def test_triton_is_imported_only_when_wanted():
     code = (
-        'import sys, torch; from sn_openmmlab import switch_norm;'
+        'import sys, torch; from sn_openmmlab.ops import switch_norm;'
         'switch_norm(torch.zeros(2, 6), torch.ones(3), torch.ones(3));'
         "print('sn_openmmlab.ops.backends.triton_kernels' in sys.modules)"
     )

@@ -91,9 +91,11 @@ def _processors(device: torch.device) -> int:
 
 @functools.lru_cache(4096)
 def reduction_plan(
-    n: int, c: int, size: int, channels_last: bool, itemsize: int, processors: int, tile: int = 4096
+    n: int, c: int, size: int, channels_last: bool, itemsize: int, processors: int, tile: 'int | None' = None
 ) -> Plan:
     """Programs that sum over pixels: each takes up to ``tile`` elements at a time, tile after tile."""
+    # of long maps several tiles are on their way at once (`_ahead`), so that smaller ones do
+    tile = tile or (2048 if channels_last or size >= 1024 else 4096)
     if channels_last:
         rows = min(triton.next_power_of_2(c), 128 // itemsize)  # a cache line of channels
         pixels = min(triton.next_power_of_2(size), max(1, tile // rows))
@@ -106,8 +108,8 @@ def reduction_plan(
         rows = min(rows, max(1, tile // 2 // pixels))
         blocks = triton.cdiv(n * c, rows)
     tiles = triton.cdiv(size, pixels)
-    if blocks < 2 * processors:  # too few to fill the device: share out the tiles of a map, at least 3 to a program
-        tiles = triton.cdiv(tiles, max(1, min(triton.cdiv(8 * processors, blocks), tiles // 3)))
+    if blocks < 2 * processors:  # too few to fill the device: share out the tiles of a map, at least 6 to a program
+        tiles = triton.cdiv(tiles, max(1, min(triton.cdiv(4 * processors, blocks), tiles // 6)))
     return _plan(n, c, size, channels_last, itemsize, rows, pixels, tiles)
 
 
@@ -197,7 +199,7 @@ def _moments_kernel(
     anchor = tl.sum(x, 1) / tl.minimum(count, PIXELS)
     sums = tl.where(inside, x - anchor[:, None], 0.0)
     squares = sums * sums
-    for i in range(first + 1, last):
+    for i in tl.range(first + 1, last, num_stages=3 if VECTOR > 1 and (CHANNELS_LAST or PIXELS >= 1024) else 1):
         at, inside = _tile(i, start, length, size, exist, ROWS, PIXELS, VECTOR, CHANNELS_LAST)
         distance = tl.where(inside, _load(x_ptr, at, inside, like_ptr) - anchor[:, None], 0.0)
         sums += distance
@@ -253,7 +255,7 @@ def _reduce_kernel(
     mean = tl.load(mean_ptr + place, mask=exist, other=0.0)[:, None]
     sum_dy = tl.zeros((ROWS, PIXELS), mean.dtype)
     sum_dyx = tl.zeros((ROWS, PIXELS), mean.dtype)
-    for i in range(first, last):
+    for i in tl.range(first, last, num_stages=3 if VECTOR > 1 and (CHANNELS_LAST or PIXELS >= 1024) else 1):
         at, inside = _tile(i, start, length, size, exist, ROWS, PIXELS, VECTOR, CHANNELS_LAST)
         dy = _load(dy_ptr, at, inside, mean_ptr)
         sum_dy += dy
