@@ -1,10 +1,11 @@
-"""What a norm layer costs the host on a GPU: microseconds of Python, autograd and launching, without a GPU.
+"""What a norm layer costs the host on a GPU: microseconds of Python, autograd and launching, with a GPU or without.
 
     python -m benchmarks.bench_host [--rounds 60]
 
-writes ``benchmarks/results/host_time.json``. Triton compiles and launches as ever, through a driver whose launch does
-nothing; torch's own operations run on CPU tensors of a pixel or two. So CUDA's own part of a launch is missing for all,
-which is 2 to 3 microseconds each for SN's three or four and for the one or two of torch's norms.
+writes ``benchmarks/results/host_time_cuda.json`` where there is a GPU, and elsewhere ``host_time.json``: then Triton
+compiles and launches as ever, through a driver whose launch does nothing; torch's own operations run on CPU tensors of
+a pixel or two. So CUDA's own part of a launch is missing for all, which is 2 to 3 microseconds each for SN's three or
+four and for the one or two of torch's norms.
 """
 
 from __future__ import annotations
@@ -88,11 +89,15 @@ def pretend_to_have_a_gpu() -> None:
 
 def microseconds(net: nn.Sequential, x: torch.Tensor) -> dict[str, float]:
     """Of one layer in a chain, by phase: a chain, since autograd's engine takes its time to start."""
+    # autograd runs backward on a GPU in a thread of its own
+    now = time.perf_counter_ns if x.is_cuda else time.thread_time_ns
 
     def clock(function) -> tuple[float, object]:
-        start = time.thread_time_ns()
+        if x.is_cuda:
+            torch.cuda.synchronize()  # few launches wait to be started, so that none waits for room
+        start = now()
         result = function()
-        return (time.thread_time_ns() - start) / len(net) / 1e3, result
+        return (now() - start) / len(net) / 1e3, result
 
     net.train()
     forward, y = clock(lambda: net(x))
@@ -113,11 +118,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--out', type=Path, default=RESULTS, help='folder of the result file')
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    pretend_to_have_a_gpu()
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    if device.type == 'cpu':
+        pretend_to_have_a_gpu()
     rows = []
     for samples in 2, 256:
-        x = torch.randn(samples, CHANNELS, 1, 2, requires_grad=True)
-        nets = {name: nn.Sequential(*(make() for _ in range(LAYERS))) for name, make in LAYER_TYPES.items()}
+        x = torch.randn(samples, CHANNELS, 1, 2, device=device, requires_grad=True)
+        nets = {name: nn.Sequential(*(make() for _ in range(LAYERS))).to(device) for name, make in LAYER_TYPES.items()}
         times = {name: [] for name in nets}
         for _ in range(args.rounds + 5):
             for name, net in nets.items():
@@ -129,8 +136,8 @@ def main(argv: list[str] | None = None) -> None:
                 rows.append(row)
             line = '  '.join(f'{row["phase"]} {row["best"]:.1f} ({row["median"]:.1f})' for row in rows[-3:])
             print(f'({samples}, {CHANNELS}) {name}: {line}', flush=True)
-    result = dict(environment(torch.device('cpu')), layers=LAYERS, channels=CHANNELS, rows=rows)
-    print('wrote', write('host_time', result, args.out))
+    result = dict(environment(device), layers=LAYERS, channels=CHANNELS, rows=rows)
+    print('wrote', write('host_time' + '_cuda' * (device.type == 'cuda'), result, args.out))
 
 
 if __name__ == '__main__':

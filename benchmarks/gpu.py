@@ -28,7 +28,7 @@ from torch import Tensor
 from benchmarks.harness import RESULTS, SHAPES, compare, environment, write
 
 ROOT = Path(__file__).parents[1]
-TESTS = ['tests/test_ops/test_triton.py', 'tests/test_ops/test_function.py']
+TESTS = [f'tests/test_ops/test_{name}.py' for name in ('triton', 'function', 'cuda')]
 TIMED = [
     f'{dtype} {layout}' for dtype in ('float32', 'float16', 'bfloat16') for layout in ('contiguous', 'channels_last')
 ]
@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     parts = {}
     for part in args.only:
         timed = ['benchmarks.gpu', '--here', '--only', part, '--out', str(out), '--seconds', str(args.seconds)]
-        command = ['pytest', '-q', '-x', '-p', 'no:cacheprovider', *TESTS] if part == 'tests' else timed
+        command = ['pytest', '-q', '-m', 'not slow', '-p', 'no:cacheprovider', *TESTS] if part == 'tests' else timed
         parts[part] = [sys.executable, '-m', *command]
     with tempfile.TemporaryDirectory() as folder:
         make_bare(Path(folder))
