@@ -73,7 +73,7 @@ class Augment(BaseDataPreprocessor):
         images = data['inputs']
         if training:
             n, _, height, width = images.shape
-            top, left = torch.randint(0, 9, (2, n, 1), device=images.device)
+            top, left = torch.randint(0, 9, (2, n, 1))
             rows, columns = top + torch.arange(height), left + torch.arange(width)
             columns = torch.where(torch.rand(n, 1) < 0.5, columns.flip(1), columns)
             each = torch.arange(n)[:, None, None, None]
