@@ -113,12 +113,49 @@ def model_table(result: dict) -> str:
     return '\n'.join(text)
 
 
+def gpu_tables(result: dict) -> str:
+    """Microseconds of the device by shape, with ratios to BatchNorm in brackets; and mean ratios of the host's time."""
+    cells = {(tuple(r['shape']), r['provider'], r['phase']): r for r in result['rows']}
+    shapes, names = (list(dict.fromkeys(key[i] for key in cells)) for i in range(2))
+    title = f'## {result["dtype"]}, {result["layout"].replace("_", " ")}, {result["device"]}'
+    text = [title, '', _describe_conditions(result)]
+    for phase, label in zip(PHASES, ('Forward', 'Backward', 'Forward and backward', 'Evaluation')):
+        text += ['', f'{label}: us on the GPU (ratio to BatchNorm)', '']
+        text += ['| shape | ' + ' | '.join(names) + ' |', '| :--- |' + ' ---: |' * len(names)]
+        for shape in shapes:
+            row = [cells[shape, name, phase] for name in names]
+            times = [f'{1e6 * r["median"]:.0f} ({r["ratio"]:.2f})' for r in row]
+            text.append('| ' + ' | '.join(['x'.join(map(str, shape)), *times]) + ' |')
+        for where, suffix in ('', ''), ('the host, ', ' on host'):
+            ratios = [[cells[shape, name, phase + suffix]['ratio'] for shape in shapes] for name in names]
+            means = [f'{geometric_mean(each):.2f}' for each in ratios]
+            text.append('| ' + ' | '.join([f'{where}geometric mean', *means]) + ' |')
+    return '\n'.join(text)
+
+
+def gpu_summary(results: list[dict]) -> str:
+    """Geometric means over all shapes of SN's and GroupNorm's time on the GPU and on the host, over BatchNorm's."""
+    head = results[0]
+    phases = {'both': 'forward and backward', 'eval': 'evaluation', 'both on host': 'host, forward and backward'}
+    text = [f'{head["device"]}, torch {head["torch"]}, {head["date"]}, commit {head["commit"]}', '']
+    text += ['| time / BatchNorm2d, SN (GroupNorm(32)) | ' + ' | '.join(phases.values()) + ' |']
+    text += ['| :--- |' + ' ---: |' * len(phases)]
+    for result in results:
+        means = [
+            [geometric_mean(_list_ratios(result, name, phase)) for name in ('SN', 'GroupNorm(32)')] for phase in phases
+        ]
+        label = f'{result["dtype"]}, {result["layout"].replace("_", " ")}'
+        text.append('| ' + ' | '.join([label, *(f'{sn:.2f} ({gn:.2f})' for sn, gn in means)]) + ' |')
+    return '\n'.join(text)
+
+
 def host_table(result: dict) -> str:
     """Microseconds of the host for a layer on a GPU: the best of all rounds, and their median."""
     cells = {(r['samples'], r['name'], r['phase']): r for r in result['rows']}
     names = list(dict.fromkeys(r['name'] for r in result['rows']))
+    without = '' if 'NVIDIA' in result['device'] else 'measured without one, '
     text = [
-        f'## Host time of a layer on a GPU, measured without one, {result["device"]}',
+        f'## Host time of a layer on a GPU, {without}{result["device"]}',
         '',
         _describe_conditions(result),
         '',
@@ -281,10 +318,14 @@ def main(argv: list[str] | None = None) -> None:
         for name in ('sweep', 'training')
     )
     tables = {
-        (README, 'tables'): [*map(summary, load('switch_norm_*_float32_contiguous.json'))],
+        (README, 'tables'): [
+            *map(summary, load('switch_norm_*_float32_contiguous.json')),
+            gpu_summary(load('gpu_*_*.json')),
+        ],
         (DETAILS, 'tables'): [
             *map(model_table, load('models_*.json')),
-            *map(host_table, load('host_time.json')),
+            *map(host_table, load('host_time*.json')),
+            *map(gpu_tables, load('gpu_*_*.json')),
             *map(layer_tables, load('switch_norm_*.json')),
         ],
         (README, 'sweep'): [sweep_table(sweep)],
