@@ -27,17 +27,8 @@ _SN_BACKEND = os.environ.encodekey('SN_BACKEND') if _environment is not os.envir
 _MOST = 4096  # plans that are kept
 
 
-class Arguments(NamedTuple):
-    """The tensors of a call, in the order of the op's arguments."""
-
-    x: Tensor
-    mean_weight: Tensor
-    var_weight: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    num_batches_tracked: Tensor | None
+# the tensors of a call, a plain tuple everywhere: dynamo of some versions of torch cannot slice a named one
+ARGUMENTS = 'x', 'mean_weight', 'var_weight', 'weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked'
 
 
 class Plan(NamedTuple):
@@ -58,7 +49,7 @@ def look_up(
     """The plan of a call, and the addresses of its tensors, 0 for None.
 
     Args:
-        arguments: As :class:`Arguments`.
+        arguments: As :data:`ARGUMENTS`.
         normalizers: As the op's.
         eps: Likewise.
         batch: Whether BN takes part with the batch's moments.
@@ -86,7 +77,7 @@ def look_up(
     except (AttributeError, RuntimeError, TypeError):  # wrappers have no address; what is no tensor is refused below
         key, addresses = None, [0] * len(arguments)
     if plan is None:
-        plan = _make(Arguments(*arguments), normalizers, eps, batch, momentum, alone)
+        plan = _make(arguments, normalizers, eps, batch, momentum, alone)
         if key is not None:
             if len(_plans) >= _MOST:
                 _plans.clear()
@@ -110,10 +101,10 @@ _describe = attrgetter('shape', 'dtype', 'device')
 
 
 def _make(
-    arguments: Arguments, normalizers: tuple[str, ...], eps: float, batch: bool, momentum: float | None, alone: bool
+    arguments: tuple, normalizers: tuple[str, ...], eps: float, batch: bool, momentum: float | None, alone: bool
 ) -> Plan:
     check(arguments, momentum, normalizers)
-    x, setting = arguments.x, Setting(normalizers, eps, not batch)
+    x, setting = arguments[0], Setting(normalizers, eps, not batch)
     if x.device.type in ('meta', 'mps'):  # no values, no float64
         return Plan(setting, None)
     if any(t is not None and (type(t) not in _PLAIN or t.is_neg()) for t in arguments):
@@ -150,7 +141,7 @@ def quiet_in_traces(check: Callable) -> Callable:
 
 
 @quiet_in_traces
-def check(arguments: Arguments, momentum: float | None, normalizers: tuple[str, ...]) -> None:
+def check(arguments: tuple, momentum: float | None, normalizers: tuple[str, ...]) -> None:
     """Refuse tensors that do not fit together."""
     x, _, _, weight, bias, running_mean, running_var, num_batches_tracked = arguments
     if not x.is_floating_point():
@@ -163,7 +154,7 @@ def check(arguments: Arguments, momentum: float | None, normalizers: tuple[str, 
         raise ValueError('switch_norm with momentum=None averages by num_batches_tracked; pass it, or a momentum')
     logits, channels, device = (len(normalizers),), (x.shape[1],), x.device
     shapes = logits, logits, channels, channels, channels, channels
-    for name, tensor, shape in zip(Arguments._fields[1:-1], arguments[1:-1], shapes):
+    for name, tensor, shape in zip(ARGUMENTS[1:-1], arguments[1:-1], shapes):
         if tensor is None:
             continue
         if tensor.shape != shape:

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from .backends import algebra
 from .backends.interface import Parameters, Setting
 from .formula import NORMALIZERS, switch_norm_graph, switch_norm_reference
-from .plan import Arguments, check, look_up, statistics_of
+from .plan import check, look_up, statistics_of
 from .run import backward, forward, split_gradients
 from .torch_versions import VERSION, count_dispatch_modes, is_compiling, is_exporting
 
@@ -98,28 +98,28 @@ def switch_norm(
                 return _apply(x, mean_weight, var_weight, weight, bias, call)
             return forward(plan, arguments, addresses, momentum, group, False)[0]
     else:
-        check(Arguments(*arguments), momentum, normalizers)
-    return _switch_norm(Arguments(*arguments), momentum, Setting(normalizers, eps, not batch), group)
+        check(arguments, momentum, normalizers)
+    return _switch_norm(arguments, momentum, Setting(normalizers, eps, not batch), group)
 
 
-def _switch_norm(arguments: Arguments, momentum: float | None, setting: Setting, group) -> Tensor:
+def _switch_norm(arguments: tuple, momentum: float | None, setting: Setting, group) -> Tensor:
     """Where there are no kernels, or others than these have to see what is computed."""
-    x, parameters = arguments.x, Parameters(*arguments[1:5])  # dynamo of torch 2.1 knows no properties of named tuples
-    frozen = setting.frozen
+    x, parameters = arguments[0], Parameters(*arguments[1:5])
+    names, eps, frozen = setting
     statistics = statistics_of(arguments, momentum, setting)
-    mean_bn, var_bn = (arguments.running_mean, arguments.running_var) if frozen else (None, None)
+    mean_bn, var_bn = arguments[5:7] if frozen else (None, None)
     if is_compiling() and not is_exporting() and compiled is not None and compiled.takes(x.device, x.dtype):
         y, kept = compiled.switch_norm_compiled(x, parameters, mean_bn, var_bn, setting, group)
         used: Any = kept, kept[-1]
     elif frozen and (torch.jit.is_tracing() or is_exporting()):
-        return switch_norm_graph(x, *parameters, mean_bn, var_bn, *setting[:2])
+        return switch_norm_graph(x, *parameters, mean_bn, var_bn, names, eps)
     elif group is not None:
         raise RuntimeError(
             'the reference formula, which SN_BACKEND=reference, tracing, torch.func and torch.compile before torch 2.7 '
             'take, does not synchronise statistics; use SN in place of SyncSN there, or evaluation mode'
         )
     else:
-        y, mean, var = switch_norm_reference(x, *parameters, mean_bn, var_bn, *setting[:2])
+        y, mean, var = switch_norm_reference(x, *parameters, mean_bn, var_bn, names, eps)
         if mean is not None and var is not None:
             used = torch.cat([mean, var, mean.new_zeros(1)]), x.numel() // max(x.shape[1], 1)
     if statistics is not None and not frozen:
