@@ -31,6 +31,8 @@ ENVIRONMENTS = {  # Python, torch, line of OpenMMLab
     'py310-torch2.1': ('3.10', '2.1.2', UPSTREAM),
     'py311-torch2.4': ('3.11', '2.4.1', UPSTREAM),
     'py311-torch2.6': ('3.11', '2.6.0', UPSTREAM),
+    'py312-torch2.7': ('3.12', '2.7.1', UPSTREAM),
+    'py312-torch2.11': ('3.12', '2.11.0', UPSTREAM),
     'py312-onedl': ('3.12', '2.13.0', ONEDL),
     'py313-onedl': ('3.13', '2.13.0', ONEDL),
 }
