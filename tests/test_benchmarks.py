@@ -162,6 +162,7 @@ def test_the_check_for_gpus_knows_its_parts(capsys):
     with pytest.raises(SystemExit) as end:
         gpu.main(['--only', 'float64'])
     assert end.value.code == 2 and "invalid choice: 'float64'" in capsys.readouterr().err
+    assert sum(gpu.LIMITS.values()) <= 8 * 60
 
 
 def test_a_part_that_fails_leaves_the_others(tmp_path):
@@ -221,6 +222,16 @@ def test_the_tests_of_the_kernels_need_no_openmmlab(tmp_path):
     pytest.importorskip('triton', reason='Triton is not installed')
     gpu.make_bare(tmp_path)
     code = 'import sys; sys.modules["mmengine"] = None; import pytest; sys.exit(pytest.main(sys.argv[1:]))'
-    command = [sys.executable, '-c', code, '-q', '-p', 'no:cacheprovider', *gpu.TESTS, '-k', 'unknown_backend or alone']
+    command = [
+        sys.executable,
+        '-c',
+        code,
+        '-q',
+        '-p',
+        'no:cacheprovider',
+        *gpu.TESTS,
+        '-k',
+        'unknown_backend or imported',
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
