@@ -248,7 +248,7 @@ def draw_sizes(results: list[dict]):
                     middle.keys(), middle.values(), [below, above], color=f'C{color}', linestyle=line, capsize=2,
                     marker='.', label=f'{kind}, {average}' if kind in ('BN', 'SN') else kind,
                 )  # fmt: skip
-    accuracy.set(title=f'{task.NAME}, {task.EPOCHS} epochs, moving and batch average', ylabel='accuracy, %')
+    accuracy.set(title=f'{task.NAME}, {task.EPOCHS} epochs', ylabel='accuracy, %')
     accuracy.legend(frameon=False, fontsize=8)
     for kind, (ax, title) in enumerate(zip(axes, ('means', 'variances'))):
         by_size = {
@@ -258,7 +258,7 @@ def draw_sizes(results: list[dict]):
         for k, name in enumerate(COLORS):
             points = {size: statistics.mean(ratios[k] for ratios in seeds) for size, seeds in by_size.items()}
             ax.plot(points.keys(), points.values(), LINES[name], color=COLORS[name], marker='.', label=name.upper())
-        ax.set(title=f'importance ratios of SN, {title}', ylim=(0, 1))
+        ax.set(title=f'mean importance ratios of SN, {title}', ylim=(0, 1))
         ax.legend(frameon=False, fontsize=8)
     for ax in (accuracy, *axes):
         ax.set_xscale('log', base=2)

@@ -72,6 +72,8 @@ def describe(compiled):
     widths = {'ld': 0, 'st': 0}
     for access, vector, bits in re.findall(r'(ld|st)\.global\S*?(?:\.v(\d))?\.b(\d+)', compiled.asm['ptx']):
         widths[access] = max(widths[access], int(vector or 1) * int(bits))
+    for size in re.findall(r'cp\.async\S+\.global \[[^]]*\], \[[^]]*\], 0x(\w+)', compiled.asm['ptx']):  # ahead
+        widths['ld'] = max(widths['ld'], 8 * int(size, 16))
     return dict(registers=registers, spilled=stack + local, load=widths['ld'], store=widths['st'])
 
 
