@@ -29,7 +29,7 @@ from torch import Tensor
 from benchmarks.harness import RESULTS, SHAPES, compare, environment, write
 
 ROOT = Path(__file__).parents[1]
-TESTS = [f'tests/test_ops/test_{name}.py' for name in ('triton', 'function', 'cuda')]
+TESTS = ['test_switch_norm.py', 'test_cuda.py', 'test_backends/test_choose.py', 'test_backends/test_triton_kernels']
 TIMED = [
     f'{dtype} {layout}' for dtype in ('float32', 'float16', 'bfloat16') for layout in ('contiguous', 'channels_last')
 ]
@@ -195,7 +195,8 @@ def main(argv: list[str] | None = None) -> None:
     parts = {}
     for part in args.only:
         timed = ['benchmarks.gpu', '--here', '--only', part, '--out', str(out), '--seconds', str(args.seconds)]
-        tests = ['pytest', '-q', '-m', 'not slow', '-p', 'no:cacheprovider', *_PARALLEL, *TESTS]
+        tests = ['pytest', '-q', '-m', 'not slow', '-p', 'no:cacheprovider', *_PARALLEL]
+        tests += [f'tests/test_ops/{test}' for test in TESTS]
         command = tests if part == 'tests' else timed
         parts[part] = [sys.executable, '-m', *command]
     with tempfile.TemporaryDirectory() as folder:

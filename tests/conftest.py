@@ -66,3 +66,14 @@ def four():
     processes = Processes(4)
     yield processes
     processes.stop()
+
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory):
+    """The model and the work directory of a training of 5 iterations that logged every second one."""
+    from ratio_trainings import train
+
+    from sn_openmmlab import SNRatioHook
+
+    work_dir = tmp_path_factory.mktemp('ratios') / 'trained'
+    return train(work_dir, SNRatioHook(interval=2, by_epoch=False)), work_dir

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_ops.cases import alone
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -53,16 +53,9 @@ def test_rows_hold_every_provider_and_phase():
     assert bounds == pytest.approx([0.5, 1, 1, 1.5])  # and a copy is a read and a write
 
 
-def without_interpreter(*command):
-    env = {k: v for k, v in os.environ.items() if k not in ('TRITON_INTERPRET', 'SN_BACKEND')}
-    return subprocess.run(
-        [sys.executable, *command], env=env, cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout
-
-
 def test_host_time_without_a_gpu(tmp_path):
     pytest.importorskip('triton', reason='Triton is not installed')
-    without_interpreter('-m', 'benchmarks.bench_host', '--rounds', '2', '--out', str(tmp_path))
+    alone('-m', 'benchmarks.bench_host', '--rounds', '2', '--out', str(tmp_path), cwd=ROOT)
     rows = json.loads((tmp_path / 'host_time.json').read_text())['rows']
     assert {(r['samples'], r['name'], r['phase']) for r in rows} == {
         (samples, name, phase)
@@ -71,80 +64,6 @@ def test_host_time_without_a_gpu(tmp_path):
         for phase in ('forward', 'backward', 'eval')
     }
     assert all(0 < r['best'] <= r['median'] for r in rows)
-
-
-COUNT_LOOK_UPS = """
-from benchmarks.bench_host import pretend_to_have_a_gpu
-pretend_to_have_a_gpu()
-import torch
-from sn_openmmlab import SwitchNorm
-from sn_openmmlab.ops.backends.triton_kernels import launch
-taken, run = [], launch._run
-launch._run = lambda kernel, *args: (taken.append(kernel.__name__), run(kernel, *args))[1]
-layer, x = SwitchNorm(8), torch.randn(2, 8, 5, 5, requires_grad=True)
-for _ in range(3):
-    layer(x).sum().backward()
-print(len(taken), len(set(taken)))
-"""
-
-
-def test_kernels_are_looked_up_once():
-    """Triton's own look-up costs ten times a launch; after the first step none is left."""
-    triton = pytest.importorskip('triton', reason='Triton is not installed')
-    if tuple(map(int, triton.__version__.split('.')[:2])) < (3, 3):
-        pytest.skip('compiled kernels of older Triton take other arguments')
-    assert without_interpreter('-c', COUNT_LOOK_UPS).split() == ['6', '5']  # combine serves forward and backward
-
-
-COMPARE_LAUNCHES = """
-from benchmarks.bench_host import NothingToLaunch, pretend_to_have_a_gpu
-pretend_to_have_a_gpu()
-import torch
-from sn_openmmlab.ops import switch_norm
-from sn_openmmlab.ops.backends.triton_kernels.launch import Chain
-
-def seen(args):
-    for a in args:
-        if isinstance(a, tuple):
-            yield list(seen(a))
-        elif isinstance(a, torch.Tensor):
-            yield a.data_ptr()
-        else:
-            yield None if type(a).__name__ in ('LazyDict', 'HookChain') else a  # what a profiler wants to know
-
-launched, compared, run = [], 0, Chain.run
-def twice(self, *args):
-    global compared
-    run(self, *args)
-    first = list(launched)
-    launched.clear()
-    run(self, *args)
-    assert self._known and launched == first, (first, launched)
-    compared += len(first)
-    launched.clear()
-
-NothingToLaunch.launch = lambda self, *args: launched.append(list(seen(args)))
-Chain.run = twice
-for shape in (2, 8, 5, 5), (3, 5, 7), (1, 4, 200, 300), (300, 40, 2, 2):
-    for affine in True, False:
-        x, logits = torch.randn(shape, requires_grad=True), torch.ones(3)
-        weight = torch.ones(shape[1]) if affine else None
-        mean, var, tracked = torch.zeros(shape[1]), torch.ones(shape[1]), torch.tensor(0)
-        for training in True, False:
-            args = logits, logits, weight, weight, mean, var, tracked
-            switch_norm(x, *args, training=training).sum().backward()
-            with torch.no_grad():
-                switch_norm(x, *args, training=training)
-print(compared)
-"""
-
-
-def test_launches_of_a_chain_are_those_of_triton():
-    """To the argument: after the first run a chain starts compiled kernels itself."""
-    triton = pytest.importorskip('triton', reason='Triton is not installed')
-    if tuple(map(int, triton.__version__.split('.')[:2])) < (3, 3):
-        pytest.skip('compiled kernels of older Triton take other arguments')
-    assert int(without_interpreter('-c', COMPARE_LAUNCHES)) > 100
 
 
 def test_the_check_for_gpus_says_in_one_line_that_there_is_none(tmp_path):
@@ -222,16 +141,7 @@ def test_the_tests_of_the_kernels_need_no_openmmlab(tmp_path):
     pytest.importorskip('triton', reason='Triton is not installed')
     gpu.make_bare(tmp_path)
     code = 'import sys; sys.modules["mmengine"] = None; import pytest; sys.exit(pytest.main(sys.argv[1:]))'
-    command = [
-        sys.executable,
-        '-c',
-        code,
-        '-q',
-        '-p',
-        'no:cacheprovider',
-        *gpu.TESTS,
-        '-k',
-        'unknown_backend or imported',
-    ]
+    options = ['-q', '-p', 'no:cacheprovider', '-k', 'unknown_backend or imported or equal_ratios or empty_input']
+    command = [sys.executable, '-c', code, *options, *(f'tests/test_ops/{test}' for test in gpu.TESTS)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -23,7 +23,6 @@ from authors_models import C1, PPM, SN, FasterRCNNC4, MaskRCNN, ResNet, dilate
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModule
-from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader, Runner, load_checkpoint
 from support import CONFIGS, TOOLS, Intruder, Said
 from torch import nn
@@ -32,30 +31,10 @@ from sn_openmmlab import SwitchNorm
 from sn_openmmlab.checkpoint import convert_checkpoint
 from sn_openmmlab.checkpoint.read import read_checkpoints_as_data, read_state_dict
 from sn_openmmlab.ops.torch_versions import VERSION
+from test_checkpoint.cases import SN_CFG, backbone, build, save
 
 pytestmark = pytest.mark.usefixtures('seed')
-SN_CFG = dict(type='SN')
 STRIDE_8 = dict(strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4), contract_dilation=True)
-
-
-@pytest.fixture
-def command(import_tool):
-    """The command's main function."""
-    return lambda *argv: import_tool('convert_checkpoint').main([str(arg) for arg in argv])
-
-
-def save(content, path):
-    torch.save(content, path)
-    return path
-
-
-def build(config, scope='mmdet'):
-    init_default_scope(scope)
-    return MODELS.build(config)
-
-
-def backbone(kind='mmdet.ResNet', depth=50, norm_cfg=SN_CFG, **kwargs):
-    return build(dict(type=kind, depth=depth, norm_cfg=norm_cfg, **kwargs), kind.split('.')[0])
 
 
 def same(ours, theirs):
@@ -153,23 +132,6 @@ class TestResNet:
         x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
         with torch.no_grad():
             same(ours(x), net(x))
-
-    @pytest.mark.parametrize('deep_stem', [False, True])
-    def test_mmpretrain_names(self, deep_stem):
-        """mmpretrain is not installed here; its names of a stem of three are those of mmcv's ConvModule."""
-        net = ResNet(18, deep_stem=deep_stem)
-        state, report = convert_checkpoint(net.state_dict(), target='mmpretrain')
-        assert not report.skipped and not report.missing and len(state) == len(net.state_dict())
-        assert torch.equal(state['head.fc.weight'], net.fc.weight) and torch.equal(state['head.fc.bias'], net.fc.bias)
-        stem = {key for key in state if key.startswith(('backbone.stem.', 'backbone.conv1.', 'backbone.bn1.'))}
-        tensors = ['weight', 'bias', 'mean_weight', 'var_weight', 'bn.running_mean', 'bn.running_var']
-        if deep_stem:
-            places = [(f'backbone.stem.{i}.conv', f'backbone.stem.{i}.bn') for i in range(3)]
-        else:
-            places = [('backbone.conv1', 'backbone.bn1')]
-        assert stem == {f'{c}.weight' for c, _ in places} | {f'{n}.{t}' for _, n in places for t in tensors}
-        blocks = {f'backbone.{key}' for key in convert_checkpoint(net.state_dict())[0] if key.startswith('layer')}
-        assert state.keys() - stem - {'head.fc.weight', 'head.fc.bias'} == blocks
 
     def test_their_unbiased_variance_stays_a_small_difference(self, monkeypatch):
         """0.7 % of the last features of a 128 x 128 image (4 x 4 pixels), 0.03 % of a 512 x 512 one."""
@@ -334,18 +296,6 @@ class TestDetectors:
             their_scores, their_deltas = theirs.boxes(rois)
             same([last_class_first(scores), deltas], [their_scores, their_deltas[:, 4:]])
 
-    def test_parts_that_mmdet_shares_or_has_not(self):
-        state = FasterRCNNC4(classes=3).state_dict()
-        state['Keypoint_Outs.classify.weight'] = torch.zeros(1)
-        copies = {key.replace('Box_Head', 'Mask_Head'): value for key, value in state.items() if 'Box_Head' in key}
-        new, report = convert_checkpoint({**state, **copies})
-        reasons = {key: reason for key, reason in report.skipped.items()}
-        assert reasons.keys() == copies.keys() | {'Keypoint_Outs.classify.weight'}
-        assert 'keypoint' in reasons.pop('Keypoint_Outs.classify.weight') and 'again' in set(reasons.values()).pop()
-        copies['Mask_Head.res5.1.sn2.bias'] = torch.ones(1, 512, 1, 1)
-        with pytest.raises(ValueError, match='Mask_Head.res5.1.sn2 is not the box head'):
-            convert_checkpoint({**state, **copies})
-
     def test_class_agnostic_predictors_stay(self, theirs):
         state = theirs.state_dict()
         for name, outputs in ('Box_Outs.bbox_pred', 4), ('Mask_Outs.classify', 1):
@@ -389,17 +339,8 @@ def c4_config():
 
 
 class TestBatchNorm:
-    @pytest.fixture
-    def theirs(self, tmp_path):
-        net = backbone(depth=18, base_channels=8, norm_cfg=dict(type='BN'))
-        state = net.state_dict()
-        for value in state.values():
-            if value.dim() == 1:
-                value.uniform_(0.5, 1.5)
-        return net, save({**state, 'fc.weight': torch.rand(10, 64), 'fc.bias': torch.rand(10)}, tmp_path / 'r18.pth')
-
-    def test_ratios_are_stored(self, theirs, command, tmp_path):
-        net, path = theirs
+    def test_ratios_are_stored(self, resnet18, command, tmp_path):
+        net, path = resnet18
         command('--init-ratios', 0, 0, 1, path, tmp_path / 'new.pth')
         command('--init-ratios', 1 / 3, 1 / 3, 1 / 3, path, tmp_path / 'equal.pth')
         state = torch.load(tmp_path / 'new.pth')['state_dict']
@@ -418,8 +359,8 @@ class TestBatchNorm:
         for name, value in direct.state_dict().items():
             torch.testing.assert_close(ours.float().state_dict()[name], value)
 
-    def test_without_ratios_layers_start_near_batch_norm(self, theirs, command, tmp_path):
-        net, path = theirs
+    def test_without_ratios_layers_start_near_batch_norm(self, resnet18, command, tmp_path):
+        net, path = resnet18
         command(path, tmp_path / 'new.pth')
         state = torch.load(tmp_path / 'new.pth')['state_dict']
         assert not any(key.endswith('mean_weight') for key in state)
@@ -429,8 +370,8 @@ class TestBatchNorm:
         torch.testing.assert_close(ours.bn1.importance_ratios, torch.tensor([[0.001, 0.001, 0.998]] * 2))
         assert all(torch.equal(value, direct.state_dict()[name]) for name, value in ours.state_dict().items())
 
-    def test_by_the_scheme_the_models_own_ratios_stay(self, theirs):
-        _, path = theirs
+    def test_by_the_scheme_the_models_own_ratios_stay(self, resnet18):
+        _, path = resnet18
         init_cfg = dict(type='Pretrained', checkpoint=f'switchnorm://{path}')
         ours = backbone(
             depth=18, base_channels=8, norm_cfg=dict(SN_CFG, init_ratios=(0.2, 0.3, 0.5)), init_cfg=init_cfg
@@ -439,19 +380,13 @@ class TestBatchNorm:
         torch.testing.assert_close(ours.bn1.importance_ratios[0], torch.tensor([0.2, 0.3, 0.5]))
         assert torch.equal(ours.bn1.bn.running_mean, torch.load(path)['bn1.running_mean'])
 
-    def test_names_for_mmpretrain_and_of_whole_models(self, theirs):
-        state = torch.load(theirs[1])
-        new, report = convert_checkpoint(state, target='mmpretrain')
-        assert torch.equal(new['head.fc.bias'], state['fc.bias']) and 'backbone.layer1.0.bn1.bn.running_var' in new
-        whole = {f'backbone.{key}': value for key, value in state.items() if not key.startswith('fc')}
-        new, _ = convert_checkpoint(whole, target='mmpretrain')
-        assert {key.replace('.bn.', '.') for key in new} == whole.keys()
-
-    def test_the_description_of_the_data_stays(self, theirs, command, tmp_path):
+    def test_the_description_of_the_data_stays(self, resnet18, command, tmp_path):
         """Else a detector of blood cells names what it finds as COCO does; the rest describes a BatchNorm model."""
         colours = np.array([[0, 0, 0], [1, 2, 3]])
         data = dict(dataset_meta=dict(classes=('RBC', 'WBC'), palette=colours), CLASSES=('RBC', 'WBC'))
-        path = save(dict(state_dict=torch.load(theirs[1]), meta=dict(data, cfg='BN', epoch=3)), tmp_path / 'whole.pth')
+        path = save(
+            dict(state_dict=torch.load(resnet18[1]), meta=dict(data, cfg='BN', epoch=3)), tmp_path / 'whole.pth'
+        )
         command(path, tmp_path / 'new.pth')
         loaded = [
             torch.load(tmp_path / 'new.pth', weights_only=False)['meta'],  # our own
@@ -462,56 +397,9 @@ class TestBatchNorm:
             assert np.array_equal(meta['dataset_meta']['palette'], colours)
             assert not {'cfg', 'epoch', 'PALETTE'} & meta.keys()
 
-    @pytest.mark.parametrize('wrapper', ['module.', '_orig_mod.', 'module._orig_mod.', '_orig_mod.module.'])
-    def test_what_wrappers_of_torch_put_in_front_goes(self, theirs, wrapper):
-        state = torch.load(theirs[1])
-        assert (
-            convert_checkpoint({wrapper + key: value for key, value in state.items()})[0].keys()
-            == convert_checkpoint(state)[0].keys()
-        )
-        inner = {key.replace('layer1.', 'layer1._orig_mod.'): value for key, value in state.items()}
-        assert convert_checkpoint(inner)[0].keys() == convert_checkpoint(state)[0].keys()
-
-    @pytest.mark.parametrize('prefix', ['model.', 'model.backbone.', 'encoder_q.', 'student.', 'net.encoder.'])
-    def test_names_that_no_model_has_are_no_success(self, theirs, prefix, command, tmp_path, capsys):
-        """Refused with the remedies, all of which work."""
-        state = {key: value for key, value in torch.load(theirs[1]).items() if not key.startswith('fc')}
-        foreign = {'module.' + prefix + key: value for key, value in state.items()}
-        foreign['module.queue'] = torch.ones(1)
-        path = save(foreign, tmp_path / 'foreign.pth')
-        with pytest.raises(SystemExit):
-            command(path, tmp_path / 'new.pth')
-        shown = prefix if prefix != 'model.backbone.' else 'model.'
-        assert f'--prefix {shown}' in ' '.join(capsys.readouterr().err.split()) and not (tmp_path / 'new.pth').exists()
-        with pytest.raises(ValueError, match=f'have {shown!r} in front'):
-            CheckpointLoader.load_checkpoint(f'switchnorm://{path}')
-        command(path, tmp_path / 'new.pth', '--prefix', prefix)
-        assert f'skipped queue: not under {prefix}' in capsys.readouterr().out
-        assert torch.load(tmp_path / 'new.pth')['state_dict'].keys() >= convert_checkpoint(state)[0].keys()
-        for same in prefix[:-1], f'module.{prefix}':
-            assert (
-                convert_checkpoint(foreign, prefix=same)[0].keys()
-                == convert_checkpoint(foreign, prefix=prefix)[0].keys()
-            )
-        with pytest.raises(ValueError, match="none of its names begins with prefix='other.'; they are "):
-            convert_checkpoint(foreign, prefix='other.')
-        _, report = convert_checkpoint(foreign, prefix='')
-        assert prefix + 'bn1.bn.running_mean' in report.mapped.values() and not report.skipped
-        init_cfg = dict(type='Pretrained', checkpoint=str(path), prefix=f'module.{prefix}'[:-1])
-        ours = backbone(depth=18, base_channels=8, init_cfg=init_cfg)
-        ours.init_weights()
-        assert torch.equal(ours.bn1.bn.running_mean, state['bn1.running_mean'])
-
-    @pytest.mark.parametrize(
-        'names', [['backbone.bn1'], ['bn1', 'encoder.layer1.0'], ['stem.0'], ['neck.convs.0.bn', 'backbone.bn1']]
-    )
-    def test_names_that_models_have_stay(self, names):
-        state = {f'{name}.running_mean': torch.ones(2) for name in names}
-        assert set(convert_checkpoint(state)[1].mapped) == state.keys()
-
-    def test_a_command_line_beside_the_weights_is_data(self, theirs, command, tmp_path):
+    def test_a_command_line_beside_the_weights_is_data(self, resnet18, command, tmp_path):
         """As torchvision, DETR and DeiT save it. What SN layers advise for such a file works."""
-        content = dict(model=torch.load(theirs[1]), args=argparse.Namespace(lr=0.1, device='cuda'))
+        content = dict(model=torch.load(resnet18[1]), args=argparse.Namespace(lr=0.1, device='cuda'))
         path = save(content, tmp_path / 'theirs.pth')
         ours = backbone(depth=18, base_channels=8, init_cfg=dict(type='Pretrained', checkpoint=str(path)))
         with pytest.raises(RuntimeError, match=r'switchnorm://PATH.*tools/convert_checkpoint\.py'):

@@ -1,4 +1,4 @@
-"""SSN: the ratios of SparsestMax, the layer against the formula, and checkpoints."""
+"""SSN: the layer against the formula, and checkpoints; its ratios: test_ops/test_sparsestmax.py."""
 
 import copy
 
@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.fx
 import torch.nn.functional as F
 from mmengine.registry import MODELS
+from test_ops.cases import POINTS, double
 from torch import nn
 from torch.autograd import gradcheck
 from torch.nn.utils import stateless
@@ -15,71 +16,6 @@ from torch.nn.utils import stateless
 from sn_openmmlab import SparseSwitchNorm, SwitchNorm, convert_switch_norm
 from sn_openmmlab.ops import sparsestmax
 from sn_openmmlab.ops.torch_versions import VERSION
-
-# logits, rho, and the ratios by hand: u + r * d/|d|, with r = rho * sqrt(2/3)
-POINTS = dict(
-    inside=((0.5, 0.3, 0.2), 0.2, (0.5, 0.3, 0.2)),  # |p0 - u| = 0.216 is above r = 0.163
-    circle=((0.36, 0.32, 0.32), 0.3, (8 / 15, 7 / 30, 7 / 30)),  # d/|d| = (2, -1, -1) / sqrt(6)
-    edge=((0.9, 0.5, -0.7), 0.6, (0.7, 0.3, 0.0)),
-    edge_of_the_circle=((0.5, 0.45, 0.05), 0.7, (0.5 + 0.2 * 2**0.5, 0.5 - 0.2 * 2**0.5, 0.0)),  # r^2 - 1/6 = 0.4^2
-    vertex=((2.0, 0.0, -1.0), 0.3, (1.0, 0.0, 0.0)),
-    end=((0.34, 0.35, 0.31), 1.0, (0.0, 1.0, 0.0)),
-    centre=((1.0, 1.0, 1.0), 0.5, (1 / 3, 1 / 3, 1 / 3)),
-    tie_at_the_end=((1.0, 1.0, 0.0), 1.0, (1.0, 0.0, 0.0)),
-)
-
-
-def double(values, **kwargs):
-    return torch.tensor(values, dtype=torch.float64, **kwargs)
-
-
-@pytest.mark.parametrize('point', POINTS)
-def test_sparsestmax_by_hand(point):
-    z, rho, expected = POINTS[point]
-    for k in range(3):  # in any order, unless that decides a tie
-        if point != 'tie_at_the_end' or k == 0:
-            p = sparsestmax(double(z).roll(k), rho)
-            torch.testing.assert_close(p, double(expected).roll(k), rtol=1e-12, atol=1e-12)
-    assert torch.equal(sparsestmax(double([z, z]), rho)[1], sparsestmax(double(z), rho))
-
-
-def test_sparsestmax_is_the_closest_point_that_the_circle_allows():
-    torch.manual_seed(0)
-    z = torch.randn(60, 3, dtype=torch.float64) * double([0.1, 0.3, 1]).repeat(20)[:, None]
-    rho = torch.rand(60, 1, dtype=torch.float64) * 0.99
-    p, r = sparsestmax(z, rho), rho * (2 / 3) ** 0.5
-    torch.testing.assert_close(p.sum(1), torch.ones(60, dtype=torch.float64))
-    assert (p >= 0).all() and ((p - 1 / 3).norm(dim=1) >= r[:, 0] - 1e-9).all()
-    a, b = torch.meshgrid(*[torch.linspace(0, 1, 101, dtype=torch.float64)] * 2, indexing='ij')
-    grid = torch.stack([a, b, 1 - a - b], -1)[a + b <= 1]
-    allowed = (grid - 1 / 3).norm(dim=1) >= r
-    best = torch.cdist(z, grid).masked_fill(~allowed, torch.inf).amin(1)
-    assert allowed.any(1).all() and ((p - z).norm(dim=1) <= best + 1e-9).all()
-
-
-@pytest.mark.parametrize('k', [1, 2, 5])
-def test_sparsestmax_of_other_sizes(k):
-    torch.manual_seed(k)
-    z = torch.randn(50, k, dtype=torch.float64) / 3
-    for rho in 0.0, 0.3, 0.7, 0.95, 0.999999, 1.0:
-        p = sparsestmax(z, rho)
-        assert (p >= 0).all() and torch.allclose(p.sum(1), torch.ones_like(p[:, 0]))
-        assert ((p - 1 / k).square().sum(1) >= rho**2 * (k - 1) / k - 1e-9).all()
-    assert torch.equal(p, F.one_hot(z.argmax(1), k).double())
-
-
-@pytest.mark.parametrize('point', POINTS)
-def test_gradients_of_sparsestmax(point):
-    z, rho, _ = POINTS[point]
-    if point in ('centre', 'tie_at_the_end'):  # not differentiable; finite all the same, for a training to leave it
-        z = double(z, requires_grad=True)
-        (grad,) = torch.autograd.grad(sparsestmax(z, rho)[0], z)
-        assert grad.isfinite().all()
-    else:
-        assert gradcheck(lambda z: sparsestmax(z, rho), double(z, requires_grad=True))
-
-
-# -- the layer ----------------------------------------------------------------------------------------------------
 
 
 def make(means='circle', variances=None, cls=SparseSwitchNorm, **kwargs):

@@ -1,9 +1,9 @@
 """The layer: arguments, modes and state dicts."""
 
 import copy
-import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -237,7 +237,7 @@ def test_batch_norm_keys_load_everywhere(bn_net, path, tmp_path):
 
 def test_loading_batch_norm_keys_says_one_line():
     script = (
-        f'import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); from test_switch_norm import *;'
+        f'import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r}); from {__name__} import *;'
         'net = Net(SwitchNorm); state = Net(nn.BatchNorm2d).state_dict();'
         'net.load_state_dict(state); net.load_state_dict(state); net.load_state_dict(net.state_dict()); net.eval()'
     )

@@ -1,23 +1,13 @@
 """Models that are built to look at them, and compared."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from mmengine.config import Config, ConfigDict
-from mmengine.utils import get_installed_path
+from mmengine.config import ConfigDict
 from torch import nn
 
 from sn_openmmlab.swap import plan_swap
 from sn_openmmlab.swap.build import build, compare
-
-
-def config(name):
-    library, _, path = name.partition('::')
-    return Config.fromfile(Path(get_installed_path(library), '.mim/configs', path))
-
-
-FCOS = 'mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'
+from test_swap.cases import FCOS, config
 
 
 class Downloads(nn.Module):

@@ -1,28 +1,20 @@
 """Swapping the norm of configs: what is found, what is left and named, and that nothing else changes."""
 
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 from mmcv.cnn import build_norm_layer
 from mmengine.config import Config
 from mmengine.registry import MODELS
-from mmengine.utils import get_installed_path
 from torch import nn
 
 from sn_openmmlab import SwitchNorm, swap_norm
 from sn_openmmlab.norms import own_modules, part_of
 from sn_openmmlab.swap import plan_swap
 from sn_openmmlab.swap.build import build, compare
+from test_swap.cases import FCOS, config
 
-
-def config(name):
-    library, _, path = name.partition('::')
-    return Config.fromfile(Path(get_installed_path(library), '.mim/configs', path))
-
-
-FCOS = 'mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'
 MASK = 'mmdet::strong_baselines/mask-rcnn_r50_fpn_rpn-2conv_4conv1fc_syncbn-all_lsj-100e_coco.py'
 OCR = 'mmseg::ocrnet/ocrnet_hr18_4xb2-40k_cityscapes-512x1024.py'
 

@@ -11,71 +11,7 @@ from mmengine.utils import get_installed_path
 from support import TOOLS, call
 from test_tools import DETECTOR, SEGMENTOR
 
-from sn_openmmlab.swap import write
-
-FCOS = 'mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'
-FCN = 'mmseg::fcn/fcn_r18-d8_4xb2-80k_cityscapes-769x769.py'
-MASK = 'mmdet::gn/mask-rcnn_r50_fpn_gn-all_2x_coco.py'
-
-SN_VARIABLE = "norm_cfg = dict(type='SN', requires_grad=True)"
-
-
-@pytest.fixture
-def tool(import_tool, monkeypatch, tmp_path):
-    """The module swap_norm, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    return import_tool('swap_norm')
-
-
-def fresh(*lines):
-    """What a process prints that has not imported sn_openmmlab."""
-    code = '\n'.join(['from mmengine.config import Config', *lines])
-    return call(Path.cwd(), sys.executable, '-c', code)
-
-
-def test_the_file_for_a_config_of_mmdet(tool, capsys):
-    tool.main([FCOS])
-    text = Path('fcos_r50-caffe_fpn_gn-head_1x_coco_sn-all.py').read_text()
-    assert text == (
-        '# fcos_r50-caffe_fpn_gn-head_1x_coco.py with SN in backbone, neck, head; made by swap_norm.py\n'
-        f'_base_ = {FCOS!r}\n\n'
-        "custom_imports = dict(imports=['sn_openmmlab'], allow_failed_imports=False)\n"
-        f'{SN_VARIABLE}\n'
-        'model = dict(backbone=dict(norm_cfg=norm_cfg),\n'
-        '             bbox_head=dict(norm_cfg=norm_cfg))\n'
-    )
-    out = capsys.readouterr().out
-    for line in (
-        'backbone: 53 BatchNorm2d -> SwitchNorm',
-        "- backbone.norm_cfg=dict(type='BN', requires_grad=False)",
-        'head: 8 GroupNorm -> SwitchNorm',
-        "+ bbox_head.norm_cfg=dict(type='SN', requires_grad=True)",
-        'note: backbone.norm_eval=True',
-    ):
-        assert line in out
-    cfg = Config.fromfile('fcos_r50-caffe_fpn_gn-head_1x_coco_sn-all.py')
-    assert cfg.model.bbox_head.norm_cfg == dict(type='SN', requires_grad=True)
-    assert [p.name for p in Path.cwd().iterdir()] == ['fcos_r50-caffe_fpn_gn-head_1x_coco_sn-all.py']
-
-
-def test_one_of_mmseg_reads_without_this_package_imported(tool):
-    """Which mmengine would not find in onedl-mmsegmentation."""
-    tool.main([FCN, '--out', 'own.py'])
-    assert f"_base_ = __import__('sn_openmmlab') and {FCN!r}\n" in Path('own.py').read_text()
-    assert 'SN SN\n' in fresh(
-        "m = Config.fromfile('own.py').model", 'print(m.backbone.norm_cfg.type, m.decode_head.norm_cfg.type)'
-    )
-
-
-def test_keys_that_must_go(tool):
-    """num_groups, also in the variable, which model copies before it is replaced."""
-    tool.main([MASK, '--out', 'own.py'])
-    text = Path('own.py').read_text()
-    assert 'dict(_delete_=True, **norm_cfg)' in text and 'num_groups' not in text
-    cfg = Config.fromfile('own.py')
-    norms = [cfg.norm_cfg, cfg.model.backbone.norm_cfg, cfg.model.neck.norm_cfg]
-    norms += [cfg.model.roi_head.bbox_head.norm_cfg, cfg.model.roi_head.mask_head.norm_cfg]
-    assert norms == [dict(type='SN', requires_grad=True)] * 5
+from test_swap.cases import FCOS, MASK, SN_VARIABLE, fresh
 
 
 def test_options(tool):
@@ -87,28 +23,6 @@ def test_options(tool):
     assert cfg.model.neck.norm_cfg == dict(type='SyncSN', requires_grad=True, init_ratios=(0.0, 0.0, 1.0))
     tool.main(['own.py', '--to', 'BN', '--statistics', 'synced', '--out', 'back.py'])
     assert Config.fromfile('back.py').model.neck.norm_cfg == dict(type='SyncBN', requires_grad=True)
-
-
-def test_lists_norms_of_their_own_and_other_imports(tool, capsys):
-    Path('sub').mkdir()
-    base = 'mmseg::bisenetv2/bisenetv2_fcn_4xb4-160k_cityscapes-1024x1024.py'
-    Path('user.py').write_text(
-        f'_base_ = __import__("sn_openmmlab") and {base!r}\n'
-        "custom_imports = dict(imports=['mmseg.models'], allow_failed_imports=False)\n"
-        "model = dict(decode_head=dict(norm_cfg=dict(_delete_=True, type='BN', eps=1e-3)))\n"
-    )
-    tool.main(['user.py', '--out', 'sub/own.py'])
-    text = Path('sub/own.py').read_text()
-    assert "_base_ = __import__('sn_openmmlab') and '../user.py'\n" in text
-    cfg = Config.fromfile('sub/own.py')
-    assert cfg.custom_imports.imports == ['mmseg.models', 'sn_openmmlab']
-    assert cfg.model.decode_head.norm_cfg == dict(type='SN', eps=1e-3)
-    assert [head.norm_cfg.type for head in cfg.model.auxiliary_head] == ['SN'] * 4
-    assert [head.channels for head in cfg.model.auxiliary_head] == [16, 64, 256, 1024]
-    out = ' '.join(capsys.readouterr().out.split())
-    assert 'Not swapped' in out and '8 BatchNorm2d' in out and 'DetailBranch' in out
-    assert 'backbone.norm_cfg keeps its norm: has no effect' in out
-    assert 'note: batch statistics are those of each process now' in out and 'frozen_stages' not in out
 
 
 def test_a_dry_run_writes_nothing(tool, capsys):
@@ -123,31 +37,6 @@ def test_an_existing_file_stays(tool, capsys):
     with pytest.raises(SystemExit):
         tool.main([FCOS, '--out', 'own.py'])
     assert Path('own.py').read_text() == 'mine' and 'own.py exists' in capsys.readouterr().err
-
-
-def test_names_and_numbers_are_data(tool, capsys):
-    """Brackets, quotes and dollars in a path; NaN, which is not equal to itself; a comment that speaks of read_base."""
-    folder = Path("c[/b] 'd' $x$ [red]")
-    folder.mkdir(parents=True)
-    text = f'# we do not use read_base\n_base_ = {FCOS!r}\n'
-    text += 'model = dict(test_cfg=dict(score_thr=float("nan"), min_bbox_size=float("-inf")))\n'
-    (folder / 'user.py').write_text(text)
-    out = folder / 'own.py'
-    tool.main([str(folder / 'user.py'), '--out', str(out)])
-    said = ' '.join(capsys.readouterr().out.split())
-    assert "c[/b] 'd' $x$ [red]/user.py: 61 norm layers change" in said and str(out) in said
-    assert 'test_cfg' not in out.read_text()  # it is as it was
-    cfg = Config.fromfile(out)
-    assert cfg.model.backbone.norm_cfg.type == 'SN' and cfg.model.test_cfg.score_thr != cfg.model.test_cfg.score_thr
-
-
-def test_mmdets_flops_of_swapped_heads(tool):
-    """Which takes whatever has a head_norm_cfg for a Mask R-CNN of its own."""
-    tool.main([FCOS, '--parts', 'head', '--out', 'own.py'])
-    assert 'heads_norm_cfg = dict(type' in Path('own.py').read_text()
-    flops = Path(get_installed_path('mmdet'), '.mim/tools/analysis_tools/get_flops.py')
-    out = call(Path.cwd(), sys.executable, flops, 'own.py', fails=True)
-    assert "KeyError: 'roi_head'" not in out and 'FileNotFoundError' in out  # it wants COCO, and got that far
 
 
 def test_a_reason_that_says_nothing_is_told_by_its_line(tool, capsys):
@@ -198,15 +87,6 @@ def test_wrong_input_ends_before_anything_is_written(tool, capsys, argv, message
     assert ended.value.code == 2
     assert re.search(message, ' '.join(capsys.readouterr().err.split()))
     assert sorted(Path.cwd().rglob('*')) == before
-
-
-def test_a_file_that_would_read_back_otherwise_is_not_written(tool, monkeypatch):
-    monkeypatch.setattr(
-        write, 'express_change', lambda old, new, *_: {} if isinstance(new, dict) and 'type' in new else new
-    )
-    with pytest.raises(AssertionError, match='reads back as another config in model'):
-        tool.main([FCOS])
-    assert not list(Path.cwd().iterdir())
 
 
 @pytest.mark.parametrize('library, text', [('mmdet', DETECTOR), ('mmseg', SEGMENTOR)])

@@ -1,30 +1,19 @@
-"""The C++ passes one by one: at the edges of their blocks, against float64; and when they are taken."""
+"""The C++ passes one by one: at the edges of their blocks, against float64."""
 
-import _ctypes
-import ctypes
-import importlib.machinery
-import os
-import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from sn_openmmlab.ops import backends, switch_norm
-from sn_openmmlab.ops.backends import cpp, native
+from sn_openmmlab.ops import switch_norm
+from sn_openmmlab.ops.backends import cpp
 from sn_openmmlab.ops.torch_versions import VERSION
+from test_ops.cases import needs_library
 
 CPU = torch.device('cpu')
 DTYPES = [torch.float32, torch.bfloat16]
-LIBRARY = next(Path(cpp.__file__).parent.glob('_cpp.abi3.so'), None)
-# those of the checkout, which the library was compiled from also where it was installed from a wheel, without them
-SOURCES = [Path(__file__).parents[2] / 'sn_openmmlab/ops/backends/cpp' / path.name for path in cpp.load._SOURCES]
-needs_library = pytest.mark.skipif(not cpp.runs_on(CPU, torch.float32), reason='the installation found no C++ compiler')
 
 
 def maps(n, c, size, dtype, channels_last, seed=0):
@@ -168,9 +157,9 @@ def flags_of(tensor):
 @pytest.mark.parametrize('channels_last', [False, True], ids=['contiguous', 'channels last'])
 def test_large_outputs_ask_for_huge_pages(dtype, channels_last):
     """In a process of its own: elsewhere small tensors may lie where larger ones have asked before."""
-    code = f'import test_cpp; test_cpp.ask_for_huge_pages({str(dtype)!r}, {channels_last})'
-    # in this folder, where Python finds the installed package, and not the checkout, which may have no library
-    subprocess.run([sys.executable, '-c', code], cwd=Path(__file__).parent, check=True)
+    code = f'from {__name__} import ask_for_huge_pages; ask_for_huge_pages({str(dtype)!r}, {channels_last})'
+    # in the folder of tests, where Python finds the installed package, and not the checkout, which may have no library
+    subprocess.run([sys.executable, '-c', code], cwd=Path(__file__).parents[3], check=True)
 
 
 def ask_for_huge_pages(dtype, channels_last):
@@ -183,25 +172,6 @@ def ask_for_huge_pages(dtype, channels_last):
         assert ('hg' in flags_of(cpp.combine(x, x, moments, coefficients))) == asks
 
 
-def step(shared):
-    """Output and gradients for some images, or for this process's half of them."""
-    x, logits = torch.randn(4, 4, 5, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0.3, -0.2, 0.5])
-    if shared:
-        x = x.chunk(2)[dist.get_rank()]
-    leaves = [t.clone().requires_grad_() for t in (x, logits, logits)]
-    with mock.patch.dict(os.environ, SN_BACKEND='cpp'):
-        y = switch_norm(*leaves, training=True, group=dist.group.WORLD if shared else None)
-        return [y.detach(), *torch.autograd.grad(y.pow(3).sum(), leaves)]
-
-
-@needs_library
-def test_synchronised_statistics(two):
-    """Two processes, and their sums between the parts of the C++ algebra."""
-    y, dx, *dlogits = zip(*two(step, True))
-    for got, expected in zip([torch.cat(y), torch.cat(dx), *map(sum, dlogits)], step(False)):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-
-
 @needs_library
 @pytest.mark.skipif(VERSION < (2, 0), reason='default devices came with torch 2')
 def test_other_default_devices_do_not_matter():
@@ -209,117 +179,3 @@ def test_other_default_devices_do_not_matter():
     expected = switch_norm(x, logits, logits)
     with torch.device('meta'):
         torch.testing.assert_close(switch_norm(x, logits, logits), expected, rtol=0, atol=0)
-
-
-# Which backend is chosen
-
-
-@needs_library
-def test_cpp_is_the_backend_on_the_cpu(monkeypatch):
-    monkeypatch.delenv('SN_BACKEND', raising=False)
-    assert all(backends.choose(CPU, dtype) is cpp for dtype in DTYPES)
-    assert all(backends.choose(CPU, dtype) is native for dtype in (torch.float16, torch.float64))
-    monkeypatch.setenv('SN_BACKEND', 'native')
-    assert backends.choose(CPU, torch.float32) is native
-
-
-def test_an_impossible_choice_is_an_error(monkeypatch):
-    monkeypatch.setenv('SN_BACKEND', 'cpp')
-    with pytest.raises(RuntimeError, match="'cpp'.*float64 on cpu.*float32 and bfloat16.*compiler"):
-        switch_norm(torch.zeros(2, 6).double(), torch.ones(3).double(), torch.ones(3).double())
-
-
-@pytest.fixture
-def fresh():
-    """The library is looked for anew, and again after the test."""
-    cpp.library.cache_clear()
-    yield
-    cpp.library.cache_clear()
-
-
-def test_without_a_library_native_serves_silently(monkeypatch, fresh):
-    monkeypatch.delenv('SN_BACKEND', raising=False)
-    monkeypatch.setattr(cpp.load, '_FOLDER', Path('an installation without it'))
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        assert backends.choose(CPU, torch.float32) is native
-
-
-def test_a_library_that_cannot_be_loaded_is_said_once(monkeypatch, fresh, tmp_path):
-    monkeypatch.delenv('SN_BACKEND', raising=False)
-    broken = tmp_path / '_cpp.so'
-    broken.write_bytes(b'not a library')
-    monkeypatch.setattr(cpp.load, '_FOLDER', tmp_path)
-    with pytest.raises(OSError):
-        ctypes.CDLL(str(broken))
-    with pytest.warns(UserWarning, match='cannot be loaded: .*_cpp.so.*Install sn_openmmlab anew'):
-        assert backends.choose(CPU, torch.float32) is native
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        assert backends.choose(CPU, torch.float32) is native
-
-
-@needs_library
-def test_an_older_library_beside_the_new_one_does_not_matter(monkeypatch, fresh, tmp_path):
-    """Before there was one for all Pythons it had the name of one, which Python finds first."""
-    suffixes = importlib.machinery.EXTENSION_SUFFIXES
-    assert suffixes[-2:] == ['.abi3.so', '.so']
-    shutil.copy(_ctypes.__file__, tmp_path / f'_cpp{suffixes[0]}')  # some library without the functions
-    monkeypatch.delenv('SN_BACKEND', raising=False)
-    monkeypatch.setattr(cpp.load, '_FOLDER', tmp_path)
-    with pytest.warns(UserWarning, match='cannot be loaded: .*undefined symbol: sn_stamp'):
-        assert backends.choose(CPU, torch.float32) is native
-    cpp.library.cache_clear()
-    shutil.copy(LIBRARY, tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        assert backends.choose(CPU, torch.float32) is cpp
-
-
-@needs_library
-def test_a_library_of_other_code_is_not_taken(monkeypatch, fresh, tmp_path):
-    """After ``git pull`` in an editable install its functions may want other arguments, whatever the times of files."""
-    changed = tmp_path / 'passes.cpp'
-    changed.write_bytes(SOURCES[0].read_bytes() + b'\n')
-    os.utime(changed, (0, 0))
-    monkeypatch.delenv('SN_BACKEND', raising=False)
-    monkeypatch.setattr(cpp.load, '_SOURCES', [changed, *SOURCES[1:]])
-    with pytest.warns(UserWarning, match='has changed since it was compiled. Install sn_openmmlab anew'):
-        assert backends.choose(CPU, torch.float32) is native
-
-
-@needs_library
-def test_a_library_whose_code_was_only_touched_is_taken(monkeypatch, fresh, tmp_path):
-    copies = [tmp_path / source.name for source in SOURCES]
-    for copy, source in zip(copies, SOURCES):
-        copy.write_bytes(source.read_bytes())
-    monkeypatch.delenv('SN_BACKEND', raising=False)
-    monkeypatch.setattr(cpp.load, '_SOURCES', copies)
-    assert backends.choose(CPU, torch.float32) is cpp
-
-
-@needs_library
-def test_a_library_of_another_version_is_not_taken(monkeypatch, fresh):
-    """In a wheel there is no code to compare."""
-    monkeypatch.delenv('SN_BACKEND', raising=False)
-    monkeypatch.setattr(cpp.load, '_SOURCES', [Path('not in a wheel.cpp')])
-    monkeypatch.setattr(cpp.load, '__version__', '99.0')
-    with pytest.warns(UserWarning, match=r'compiled for version .* and this is 99\.0'):
-        assert backends.choose(CPU, torch.float32) is native
-
-
-@needs_library
-@pytest.mark.parametrize('part', [0.0, 0.02, 0.5, 0.92, 0.999])
-def test_a_library_that_is_cut_off_does_not_end_the_process(part, tmp_path):
-    """As by a full disk; loading it is what did."""
-    whole = LIBRARY.read_bytes()
-    cut = tmp_path / '_cpp.so'
-    cut.write_bytes(whole[: int(len(whole) * part)])
-    code = (
-        'import pathlib, torch; from sn_openmmlab import SwitchNorm; from sn_openmmlab.ops.backends.cpp import load;'
-        f'load._FOLDER = pathlib.Path({str(tmp_path)!r});'
-        'print(SwitchNorm(3)(torch.randn(2, 3, 4, 4)).isfinite().all())'
-    )
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert done.returncode == 0 and 'tensor(True)' in done.stdout, done.stderr
-    assert 'its own cannot be loaded' in done.stderr

@@ -7,18 +7,15 @@ import itertools
 
 import pytest
 import torch
-from cases import each_set
 
 from sn_openmmlab.ops import NORMALIZERS
 from sn_openmmlab.ops.backends import algebra, cpp
 from sn_openmmlab.ops.backends.interface import Parameters, Setting, Statistics
 from sn_openmmlab.ops.torch_versions import VERSION
+from test_ops.cases import CPP, each_set, needs_library
 
 SIZE, EPS = 7, 1e-3
 SUBSETS = [names for k in (1, 2, 3) for names in itertools.combinations(NORMALIZERS, k)] + [('bn', 'in', 'ln')]
-needs_library = pytest.mark.skipif(
-    not cpp.runs_on(torch.device('cpu'), torch.float32), reason='the installation found no C++ compiler'
-)
 
 
 def triton_kernels():
@@ -92,11 +89,11 @@ def assert_close(got, exact, tolerance):
 @pytest.mark.parametrize('affine', [True, False], ids=['affine', 'plain'])
 @each_set(SUBSETS)
 @pytest.mark.parametrize('n, c', [(1, 1), (3, 5), (2, 63), (1, 64), (5, 65), (300, 130)])
-@pytest.mark.parametrize('backend', ['python', 'python in float32', pytest.param('cpp', marks=needs_library), 'triton'])
+@pytest.mark.parametrize('backend', ['python', 'python in float32', CPP, 'triton'])
 def test_coefficients_and_gradients(backend, n, c, names, frozen, affine):
     """Also where threads share the work, with 39,000 maps."""
     if backend == 'triton' and n * c > 4096:
-        pytest.skip('the interpreter takes minutes; test_triton.py splits smaller ones')
+        pytest.skip('the interpreter takes minutes; test_triton_kernels splits smaller ones')
     load, dtype, tolerance = BACKENDS[backend]
     module = load()
     moments, parameters, running, sums = drawn(n, c, names, affine)
@@ -118,7 +115,7 @@ def test_coefficients_and_gradients(backend, n, c, names, frozen, affine):
 
 
 @pytest.mark.parametrize('names', [NORMALIZERS, ('bn', 'ln'), ('bn',)], ids='-'.join)
-@pytest.mark.parametrize('backend', ['python', 'python in float32', pytest.param('cpp', marks=needs_library), 'triton'])
+@pytest.mark.parametrize('backend', ['python', 'python in float32', CPP, 'triton'])
 def test_sums_over_processes_make_one_batch(backend, names):
     """Two processes with 2 and 5 samples of one batch, and what each adds to the sums."""
     load, dtype, tolerance = BACKENDS[backend]
@@ -148,7 +145,7 @@ def test_sums_over_processes_make_one_batch(backend, names):
 
 
 @pytest.mark.parametrize('momentum', [0.1, 0.7, 1.0, None])
-@pytest.mark.parametrize('backend', ['python', 'python in float32', pytest.param('cpp', marks=needs_library), 'triton'])
+@pytest.mark.parametrize('backend', ['python', 'python in float32', CPP, 'triton'])
 def test_running_statistics_move_as_batch_norms(backend, momentum):
     load, dtype, tolerance = BACKENDS[backend]
     module = load()
@@ -180,7 +177,7 @@ def test_statistics_that_cpp_does_not_take_move_all_the_same():
     torch.testing.assert_close(results[2], results[0], rtol=2e-2, atol=0)
 
 
-@pytest.mark.parametrize('backend', ['python', pytest.param('cpp', marks=needs_library), 'triton'])
+@pytest.mark.parametrize('backend', ['python', CPP, 'triton'])
 def test_statistics_stay_where_the_batches_of_all_processes_are_empty(backend):
     load, dtype, _ = BACKENDS[backend]
     statistics = Statistics(torch.zeros(5, dtype=dtype), torch.ones(5, dtype=dtype), torch.tensor(3), 0.1)

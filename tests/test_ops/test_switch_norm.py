@@ -6,25 +6,17 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import each_set
 from torch.autograd import gradcheck, gradgradcheck
 
 from sn_openmmlab.ops import NORMALIZERS, switch_norm, switch_norm_reference
-from sn_openmmlab.ops.backends import cpp, native
 from sn_openmmlab.ops.torch_versions import VERSION
+from test_ops.cases import CPP, arguments, each_set, laid_out, rand, run
 
-BACKENDS = ['reference', 'native']
 NATIVE = {
     'native': (),
     'native as on CUDA': pytest.mark.skipif(VERSION < (2, 0), reason='torch 1.13 uses no native_batch_norm.out'),
     'native on CUDA': pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU'),
 }
-CPP = pytest.param(
-    'cpp',
-    marks=pytest.mark.skipif(
-        not cpp.runs_on(torch.device('cpu'), torch.float32), reason='the installation found no C++ compiler'
-    ),
-)
 SHAPES = [
     (4, 6),  # 2-D: re-id heads
     (3, 6, 5),  # 3-D: EncHead
@@ -38,63 +30,6 @@ SHAPES = [
     (1, 6, 1, 1),  # BN and IN of torch raise here
 ]
 LAYOUTS = ['contiguous', 'transposed', 'channels_last']
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request, monkeypatch):
-    """For input in any dtype; the value is the device."""
-    name, *where = request.param.split()
-    monkeypatch.setenv('SN_BACKEND', name)
-    if where[:1] == ['as']:
-        monkeypatch.setattr(native, '_aten', AsOnCuda())
-    return 'cuda' if where[:1] == ['on'] else 'cpu'
-
-
-class AsOnCuda:
-    """torch's operators, with the batch norm that CUDA has."""
-
-    def __getattr__(self, name):
-        return getattr(torch.ops.aten, name)
-
-    class native_batch_norm:
-        @staticmethod
-        def out(x, weight, bias, running_mean, running_var, training, momentum, eps, *, out, save_mean, save_invstd):
-            """As ATen's batch_norm_cuda_out evaluates: it keeps the moments, and takes those that it has kept."""
-            assert not training
-            save_mean.resize_(running_mean.shape).copy_(running_mean)
-            save_invstd.resize_(running_var.shape).copy_((running_var + eps).rsqrt())
-            shape = 1, -1, *[1] * (x.dim() - 2)
-            mean, rstd, weight, bias = (t.view(shape) for t in (save_mean, save_invstd, weight, bias))
-            out.copy_((x.to(mean.dtype) - mean) * rstd * weight + bias)
-
-
-@pytest.fixture(params=[*BACKENDS, CPP])
-def float_backend(request, monkeypatch):
-    """For input in float32 or bfloat16."""
-    monkeypatch.setenv('SN_BACKEND', request.param)
-    return request.param
-
-
-def rand(*shape, seed=0, dtype=torch.float64, scale=1.0, shift=0.0):
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale + shift).to(dtype)
-
-
-def laid_out(x, layout):
-    if layout == 'transposed':
-        return x.transpose(0, -1).contiguous().transpose(0, -1)
-    if layout == 'channels_last':
-        return x.movedim(1, -1).contiguous().movedim(-1, 1)
-    return x
-
-
-def arguments(channels, names=NORMALIZERS, dtype=torch.float64, stats=False):
-    """Parameters away from their identity values."""
-    args = [rand(len(names), seed=1), rand(len(names), seed=2), rand(channels, seed=3, shift=1), rand(channels, seed=4)]
-    args = [a.to(dtype) for a in args]
-    if stats and 'bn' in names:
-        args += [rand(channels, seed=5, dtype=dtype), rand(channels, seed=6, dtype=dtype).square() + 0.5]
-    return args
 
 
 ONE_HOT = {'in': (50.0, 0.0, 0.0), 'ln': (0.0, 50.0, 0.0), 'bn': (0.0, 0.0, 50.0)}
@@ -146,12 +81,6 @@ def test_torch_func_takes_the_reference():
     torch.testing.assert_close(grad, leaf.grad, rtol=1e-10, atol=1e-10)
 
 
-def run(x, args, stats, dy, **kwargs):
-    leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, *args)]
-    y = switch_norm(*leaves, *(s.clone() for s in stats), **kwargs)
-    return [y, *torch.autograd.grad(y, leaves, dy)]
-
-
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize(
@@ -186,37 +115,6 @@ def test_equals_the_float64_reference(shape, dtype, backend, layout, training, m
         tolerance = 3 * torch.finfo(a.dtype).eps if name in ('y', 'dx') else 2e-5
         scale = b.abs().max().clamp(min=1)
         assert (a.double() - b).abs().max() <= tolerance * scale * (10 if dtype == torch.float32 else 1), name
-
-
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
-def test_half_gradients_of_native_are_off_by_three_roundings_at_most(layout, dtype):
-    """1.4 times what one rounding does; docs/troubleshooting.md says so. Channels last is rounded once."""
-    dy, x = (laid_out(rand(16, 32, 20, 20, seed=s).to(dtype), layout).flatten(2) for s in (7, 8))
-    mean, a, b1, b0 = (rand(16, 32, seed=s, dtype=torch.float32) for s in range(4))
-    exact = a[..., None].double() * dy.double()
-    exact = exact + b1[..., None].double() * (x.double() - mean[..., None].double()) + b0[..., None].double()
-    once, got = (
-        ((y.double() - exact).norm() / exact.norm()).item()
-        for y in (exact.to(dtype), native.combine(dy, x, mean[None], torch.stack([b1, b0, a])))
-    )
-    print(f'{layout} {dtype}: {got:.1e} of the size of dx, {once:.1e} by one rounding')
-    assert once < got < 1.5 * once if layout == 'contiguous' else got == pytest.approx(once, rel=0.01)
-
-
-@pytest.mark.parametrize('affine', [True, False], ids=['affine', 'plain'])
-@pytest.mark.parametrize('names', [n for k in (1, 2) for n in itertools.combinations(NORMALIZERS, k)], ids='-'.join)
-def test_every_subset_of_normalizers(names, affine):
-    """LN or BN alone give coefficients that samples or channels share, while the kernels take one for each map."""
-    x, dy = rand(3, 8, 9, 9, seed=7), rand(3, 8, 9, 9, seed=8)
-    args = arguments(8, names)
-    results = []
-    for backend in BACKENDS:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv('SN_BACKEND', backend)
-            results.append(run(x, args[: 4 if affine else 2], [], dy, training=True, normalizers=names))
-    for expected, got in zip(*results):
-        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.skipif(
@@ -276,42 +174,6 @@ def test_large_mean_is_as_accurate_as_torchs_norms(float_backend, logits):
     error = (switch_norm(x, logits, logits, training=True) - exact).norm() / exact.norm()
     theirs = (norm(x) - norm(x.double())).norm() / norm(x.double()).norm()
     assert error <= 1.1 * theirs
-
-
-@pytest.mark.parametrize('names', [NORMALIZERS, ('in', 'ln')], ids='-'.join)
-@pytest.mark.parametrize('shape', [(0, 4, 7, 7), (0, 4), (2, 4, 0, 3)], ids=str)
-def test_empty_input(float_backend, shape, names):
-    x = torch.empty(shape).requires_grad_()
-    args = [a.requires_grad_() for a in arguments(4, names, torch.float32)]
-    before = arguments(4, stats=True, dtype=torch.float32)[4:]
-    stats = [s.clone() for s in before] if 'bn' in names else [None, None]
-    tracked = torch.tensor(3)
-    y = switch_norm(x, *args, *stats, tracked, training=True, normalizers=names)
-    assert y.shape == shape and y.requires_grad
-    y.sum().backward()
-    assert x.grad.shape == shape
-    assert all(a.grad is not None and not a.grad.any() for a in args)
-    if 'bn' in names:
-        assert tracked == 3 and all(torch.equal(a, b) for a, b in zip(stats, before))
-
-
-@pytest.mark.parametrize('training', [True, False])
-@pytest.mark.parametrize('backend', ['native', CPP], indirect=True)
-def test_only_the_input_is_kept_for_backward(backend, training):
-    x = rand(2, 8, 32, 32, dtype=torch.float32).requires_grad_()
-    args = [a.requires_grad_() for a in arguments(8, dtype=torch.float32)]
-    stats = arguments(8, dtype=torch.float32, stats=True)[4:]
-    kept = []
-
-    def pack(t):
-        kept.append(t)
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        switch_norm(x, *args, *stats, training=training)
-    large = {t.data_ptr() for t in kept if t.numel() > 2 * 2 * (8 + 8)}
-    assert large == {x.data_ptr()}
-    assert len(kept) <= 6  # the parameters, and in one tensor all moments
 
 
 def test_parameters_that_need_no_gradient_get_none(backend):
@@ -377,22 +239,6 @@ def test_wrong_input_says_what_and_how_to_mend_it(change, error, message):
     args.update(change)
     with pytest.raises(error, match=message):
         switch_norm(**args)
-
-
-def test_unknown_backend(monkeypatch):
-    monkeypatch.setenv('SN_BACKEND', 'cudnn')
-    with pytest.raises(RuntimeError, match="'cudnn'.*reference.*native"):
-        switch_norm(torch.zeros(2, 6), torch.ones(3), torch.ones(3))
-
-
-@pytest.mark.parametrize('shape', [(0, 4, 7, 7), (2, 4, 0, 3)], ids=str)
-@pytest.mark.parametrize('backend', ['native', CPP], indirect=True)
-def test_empty_channels_last_input_stays_channels_last(backend, shape):
-    """As PyTorch's own test of norms wants it (test_memory_format)."""
-    x = torch.empty(shape).to(memory_format=torch.channels_last).requires_grad_()
-    y = switch_norm(x, *arguments(4, dtype=torch.float32), training=True)
-    assert y.stride() == x.stride()
-    assert torch.autograd.grad(y.sum(), x)[0].stride() == x.stride()
 
 
 def test_no_channel_at_all(float_backend):
