@@ -37,11 +37,11 @@ ENVIRONMENTS = {  # Python, torch, line of OpenMMLab
     'py313-onedl': ('3.13', '2.13.0', ONEDL),
 }
 TESTS = (
-    'test_register.py test_running_statistics.py test_layers test_hooks test_convert test_checkpoint '
+    'test_norms.py test_register.py test_running_statistics.py test_layers test_hooks test_convert test_checkpoint '
     'test_analysis test_guards.py test_shipped.py '
     'test_ops/test_switch_norm.py test_ops/test_formula.py test_ops/test_plan.py test_ops/test_run.py '
-    'test_ops/test_compiled.py test_ops/test_sparsestmax.py '
-    'test_ops/test_backends/test_algebra.py '
+    'test_ops/test_compiled.py test_ops/test_sparsestmax.py test_ops/test_torch_versions.py '
+    'test_ops/test_backends/test_algebra.py test_ops/test_backends/test_interface.py '
     'test_ops/test_backends/test_native.py test_ops/test_backends/test_choose.py test_ops/test_backends/test_cpp'
 )
 MARKER = '<!-- compatibility {} -->'

@@ -338,12 +338,20 @@ def headings(page):
 
 @each_page
 def test_names(page):
-    """Tests and files that are named as code exist."""
-    tests = [name for path in ROOT.glob('tests/**/*.py') for name in re.findall(r'def (test_\w+)', path.read_text())]
-    for name in (t.content for token in tokens(page) for t in token.children or () if t.type == 'code_inline'):
+    """Tests and files that are named as code exist; tests in the file that a link before them leads to."""
+    files = [*ROOT.glob('tests/**/*.py')]
+    linked = files
+    for t in (t for token in tokens(page) for t in [token, *(token.children or ())]):
+        name = t.content
+        if t.type in ('inline', 'link_open'):
+            path = (page.parent / t.attrs.get('href', '')).resolve()
+            linked = [path] if path in files else files
+        if t.type != 'code_inline':
+            continue
         if re.match(r'test_', name) and not re.match(r'test_(cfg|dataloader|evaluator|pipeline)\b', name):
             pattern = re.escape(name.partition('[')[0]).replace(r'\.\.\.', r'\w+')
-            assert any(re.fullmatch(pattern, test) for test in tests), f'there is no test {name}'
+            found = any(re.search(rf'def {pattern}\(', path.read_text()) for path in linked)
+            assert found, f'there is no test {name} in {linked[0] if linked != files else "tests"}'
         elif re.fullmatch(r'(tools|configs|docs|benchmarks|tests|sn_openmmlab|requirements)/[\w./-]+', name):
             places = ROOT, *(Path(get_installed_path(library), '.mim') for library in ('mmdet', 'mmseg'))
             assert any((place / name).exists() for place in places), f'there is no {name}'
