@@ -94,8 +94,8 @@ def reduction_plan(
     n: int, c: int, size: int, channels_last: bool, itemsize: int, processors: int, tile: 'int | None' = None
 ) -> Plan:
     """Programs that sum over pixels: each takes up to ``tile`` elements at a time, tile after tile."""
-    # of long maps several tiles are on their way at once (`_ahead`), so that smaller ones do
-    tile = tile or (2048 if channels_last or size >= 1024 else 4096)
+    # of long maps, whose tiles are 1024 pixels and more, the kernels read three tiles ahead, so that smaller ones do
+    tile = tile or (2048 if channels_last or size > 2048 else 4096)
     if channels_last:
         rows = min(triton.next_power_of_2(c), 128 // itemsize)  # a cache line of channels
         pixels = min(triton.next_power_of_2(size), max(1, tile // rows))
