@@ -1,11 +1,9 @@
 """What all tests share: processes that run for the whole session, since starting one takes seconds."""
 
-import functools
 import importlib
 import os
 import sys
 
-import mmengine.config.utils
 import pytest
 import torch
 
@@ -13,14 +11,13 @@ if not torch.cuda.is_available():  # as test_ops/conftest.py, but before the pac
     os.environ.setdefault('TRITON_INTERPRET', '1')
 
 from processes import Processes  # noqa: E402
-from support import TOOLS  # noqa: E402
+from support import TOOLS, speed_mmengine_up  # noqa: E402
 
 if 'PYTEST_XDIST_WORKER' in os.environ:  # one of several processes, which share the cores
     os.environ.setdefault('OMP_NUM_THREADS', '1')
     torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
 
-# mmengine reads all metafiles of a library each time that a config names a base there, in nine tenths of its time
-mmengine.config.utils.load = functools.lru_cache(maxsize=None)(mmengine.config.utils.load)
+speed_mmengine_up()
 
 
 def pytest_runtest_setup(item):

@@ -25,6 +25,7 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
+from support import speed_mmengine_up
 from torch import nn
 
 FOLDER = 'intruded'
@@ -211,4 +212,5 @@ def main(ways: dict[str, list[str]]) -> None:
 
 if __name__ == '__main__':
     sys.path[:0] = [str(Path(__file__).parents[1] / 'tools'), str(Path.cwd())]
+    speed_mmengine_up()
     main(json.loads(sys.argv[1]))

@@ -93,9 +93,9 @@ def test_a_part_that_fails_leaves_the_others(tmp_path):
     }
     parts = {part: [sys.executable, '-c', text] for part, text in code.items()}
     parts['is missing'] = ['no such program']
-    results = gpu.run_parts(parts, dict.fromkeys(parts, 5), tmp_path, tmp_path)
+    results = gpu.run_parts(parts, {**dict.fromkeys(parts, 60), 'hangs': 2}, tmp_path, tmp_path)
     assert [result.split(':')[0] for result in results.values()] == [
-        'ended with 3', 'took longer than 5 s', 'ended with -9', 'ok', 'could not be started'
+        'ended with 3', 'took longer than 2 s', 'ended with -9', 'ok', 'could not be started'
     ]  # fmt: skip
     assert json.loads((tmp_path / 'gpu.json').read_text()) == dict(parts=results)
     logs = [(tmp_path / f'gpu_{part}.log').read_text() for part in code]

@@ -175,8 +175,8 @@ def test_the_import_costs_little_above_torch_and_mmengine(tmp_path):
         'import time, torch, mmengine.hooks, mmengine.runner, mmengine.hub; before = time.process_time();'
         'import sn_openmmlab; print(time.process_time() - before)'
     )
-    times = [float(run(sys.executable, '-W', 'ignore', '-c', code, cwd=ROOT).split()[-1]) for _ in range(3)]
-    assert min(times) < 0.1
+    times = (float(run(sys.executable, '-W', 'ignore', '-c', code, cwd=ROOT).split()[-1]) for _ in range(3))
+    assert any(seconds < 0.1 for seconds in times)  # the first one, unless the machine has much else to do
 
 
 def test_the_matrix_leaves_out_what_cannot_be_installed_only_if_told_to(tmp_path, monkeypatch, capsys):
