@@ -67,7 +67,8 @@ def place(tmp_path_factory):
     (place / 'detector.py').write_text(DETECTOR)
     (place / 'two-stages.py').write_text(TWO_STAGES)
     (place / 'segmentor.py').write_text(SEGMENTOR)
-    call(place, 'make_demo_data.py', 'data', '--train', '4', '--val', '2', '--size', '64x64')
+    # images for five iterations: mmengine waits for 2 seconds before it begins anew
+    call(place, 'make_demo_data.py', 'data', '--train', '10', '--val', '2', '--size', '64x64')
     return place
 
 

@@ -116,7 +116,7 @@ def test_a_sweep_goes_on_where_it_stopped(tool):
     records[0]['status'] = 'kept'
     text = '\n'.join(json.dumps(record) for record in records)
     Path('sweep.jsonl').write_text(text[:-20])  # as if it had been stopped within the last line
-    call(Path.cwd(), *sweep)
+    call(Path.cwd(), *sweep, '--processes', '1')
     again = [json.loads(line) for line in Path('sweep.jsonl').read_text().splitlines()][1:]
     assert [r['config'] for r in again] == [r['config'] for r in records]
     assert again[0]['status'] == 'kept' and [r['status'] for r in again[1:]] == [r['status'] for r in records[1:]]
