@@ -214,6 +214,28 @@ def test_chunks_are_normalized_as_by_processes_of_their_own(kind, rank):
     assert chunked.norm.momentum == 0.1
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_a_graph_is_the_same_training_on_a_gpu(monkeypatch):
+    from benchmarks.accuracy.cifar10 import CIFARResNet
+
+    monkeypatch.setattr(torch.backends.cudnn, 'deterministic', True)
+    losses = [[], []]
+    batch = dict(inputs=torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8), labels=torch.arange(8))
+    for graph, found in enumerate(losses):
+        torch.manual_seed(0)
+        net = CIFARResNet(dict(type='SN', images=2), depth=8).cuda().train()
+        if not graph:
+            net._graph.append(net.network)
+        optimizer = torch.optim.SGD(net.parameters(), 0.05)
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = net(**net.data_preprocessor(batch, training=True), mode='loss')['loss']
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len(set(losses[1])) == 4
+
+
 def test_the_figure_of_batch_sizes_has_every_cell():
     task = run.load_task('cifar10')
 
