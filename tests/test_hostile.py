@@ -133,21 +133,20 @@ def test_nothing_runs(way, said):
 # each in a process of its own, which may end as it likes
 UNPICKLE = """
 import json, os, pickle, sys, torch
+from multiprocessing import get_context
+
+def unpickle(path):
+    os.chdir(os.path.dirname(path))
+    with open(path, 'rb') as file:
+        x = pickle.load(file)
+    repr((x, hasattr(x, 'dtype') and x['a']))
+
 codes = []
 for path in sys.argv[1:]:
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            os.chdir(os.path.dirname(path))
-            with open(path, 'rb') as file:
-                x = pickle.load(file)
-            repr((x, hasattr(x, 'dtype') and x['a']))
-            code = 0
-        finally:
-            os._exit(code)
-    codes.append(os.waitpid(child, 0)[1])
-print()
+    process = get_context('fork').Process(target=unpickle, args=[path])
+    process.start()
+    process.join()
+    codes.append(process.exitcode)
 print(json.dumps(codes))
 """
 

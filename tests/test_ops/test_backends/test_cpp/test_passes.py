@@ -1,5 +1,7 @@
 """The C++ passes one by one: at the edges of their blocks, against float64."""
 
+import itertools
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -153,17 +155,22 @@ def flags_of(tensor):
 
 @needs_library
 @pytest.mark.skipif(not HUGE.exists(), reason='this system has no transparent huge pages')
-@pytest.mark.parametrize('dtype', DTYPES, ids=str)
-@pytest.mark.parametrize('channels_last', [False, True], ids=['contiguous', 'channels last'])
-def test_large_outputs_ask_for_huge_pages(dtype, channels_last):
-    """In a process of its own: elsewhere small tensors may lie where larger ones have asked before."""
-    code = f'from {__name__} import ask_for_huge_pages; ask_for_huge_pages({str(dtype)!r}, {channels_last})'
+def test_large_outputs_ask_for_huge_pages():
+    """Each in a process of its own: elsewhere small tensors may lie where larger ones have asked before."""
+    code = f'from {__name__} import ask_each_in_a_fork; ask_each_in_a_fork()'
     # in the folder of tests, where Python finds the installed package, and not the checkout, which may have no library
     subprocess.run([sys.executable, '-c', code], cwd=Path(__file__).parents[3], check=True)
 
 
+def ask_each_in_a_fork():
+    for case in itertools.product(DTYPES, (False, True)):
+        process = multiprocessing.get_context('fork').Process(target=ask_for_huge_pages, args=case)
+        process.start()
+        process.join()
+        assert process.exitcode == 0, case
+
+
 def ask_for_huge_pages(dtype, channels_last):
-    dtype = getattr(torch, dtype.split('.')[1])
     for mebibytes, asks in (4, False), (36, True):
         x = torch.zeros(1, 64, mebibytes * 2**14 // torch.finfo(dtype).bits * 8, dtype=dtype)
         x = x.mT.contiguous().mT if channels_last else x
