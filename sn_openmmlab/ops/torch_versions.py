@@ -1,5 +1,8 @@
 """What differs between versions of torch from 1.13 on. What one lacks answers no, as bool() does."""
 
+import sys
+from typing import Any
+
 import torch
 
 VERSION = tuple(int(number) for number in torch.__version__.split('.')[:2])
@@ -9,6 +12,15 @@ is_compiling = getattr(_compiler, 'is_compiling', getattr(torch._utils, 'is_comp
 count_dispatch_modes = getattr(torch._C, '_len_torch_dispatch_stack', int)  # 2.0
 
 
-def is_exporting() -> bool:
-    """Whether torch.export traces; torch's own (2.7) says so of every compilation, as late as in 2.11."""
-    return getattr(_compiler, '_is_exporting_flag', False)
+def _is_exporting() -> bool:
+    """Whether torch.export traces; torch's own says so of every compilation, as late as in 2.11."""
+    tracer = sys.modules.get('torch.export._trace')  # torch 2.7 says only there that an export is a strict one
+    return torch.compiler._is_exporting_flag or getattr(tracer, '_EXPORT_FLAGS', None) is not None
+
+
+def _never() -> bool:
+    return False
+
+
+is_exporting: Any = _is_exporting if VERSION >= (2, 7) else _never
+is_exporting._dynamo_marked_constant = VERSION >= (2, 7)  # dynamo asks while it traces, and does not trace this

@@ -180,13 +180,13 @@ DIED = {  # what ended the process once, and what it has to print
         "bn = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).state_dict(); meta = torch.device('meta')\n"
         'with meta: model = nn.Sequential(nn.Conv2d(3, 8, 3), SwitchNorm(8))\n'
         'model.load_state_dict(bn, assign=True); print(model(torch.randn(2, 3, 8, 8)).isfinite().all())',
-        'tensor(True)',
+        r'tensor\(True\)',
     ),
     'DTensor': (
         'import torch.distributed as dist; from torch.distributed.tensor import distribute_module\n'
         "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
         "layer = distribute_module(SwitchNorm(8), dist.device_mesh.init_device_mesh('cpu', (1,))); layer(x)",
-        'mixed torch.Tensor and DTensor',
+        'mixed torch.Tensor and DTensor|does not have a sharding strategy',  # before torch 2.11
     ),
     'a real input among fake tensors': (
         'from torch._subclasses import FakeTensorMode; layer = SwitchNorm(8).eval()\n'
@@ -213,7 +213,7 @@ def test_no_process_dies():
     said = dict(text.split('\n', 1) for text in re.split('^-- ', done.stdout, flags=re.M)[1:])
     assert done.returncode == 0, f'it ended with {done.returncode} in {[*said][-1:]}: {done.stderr}'
     for case, (_, expected) in DIED.items():
-        assert expected in said[case], (case, done.stderr)
+        assert re.search(expected, said[case]), (case, done.stderr)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
