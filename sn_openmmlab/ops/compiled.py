@@ -17,6 +17,7 @@ from .backends.interface import Parameters, Setting, kept_sizes
 from .formula import moments_dtype
 from .plan import look_up
 from .run import backward, dense, forward, split_gradients
+from .torch_versions import constant
 
 
 def switch_norm_compiled(
@@ -33,19 +34,15 @@ def switch_norm_compiled(
     return _forward(x, *parameters, mean_bn, var_bn, ' '.join(names), eps, frozen, name)
 
 
+@constant
 def takes(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether there are kernels for such tensors."""
     return device.type in ('cpu', 'cuda') and backends.choose(device, dtype) is not None
 
 
+@constant
 def _name(group) -> str:
     return group.group_name
-
-
-# as torch.compiler.assume_constant_result does it, which imports torch._dynamo: half a second
-_constant: Any = takes, _name
-for function in _constant:
-    function._dynamo_marked_constant = True
 
 
 def _group(name: Any):

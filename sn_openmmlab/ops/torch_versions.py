@@ -1,7 +1,7 @@
 """What differs between versions of torch from 1.13 on. What one lacks answers no, as bool() does."""
 
 import sys
-from typing import Any
+from typing import Any, Callable
 
 import torch
 
@@ -12,6 +12,17 @@ is_compiling = getattr(_compiler, 'is_compiling', getattr(torch._utils, 'is_comp
 count_dispatch_modes = getattr(torch._C, '_len_torch_dispatch_stack', int)  # 2.0
 
 
+def constant(function: Callable) -> Any:
+    """Decorate what dynamo is to call while it traces, and not to trace.
+
+    As ``torch.compiler.assume_constant_result`` does it, which imports torch._dynamo: half a second.
+    """
+    marked: Any = function
+    marked._dynamo_marked_constant = True
+    return marked
+
+
+@constant
 def _is_exporting() -> bool:
     """Whether torch.export traces; torch's own says so of every compilation, as late as in 2.11."""
     tracer = sys.modules.get('torch.export._trace')  # torch 2.7 says only there that an export is a strict one
@@ -22,5 +33,4 @@ def _never() -> bool:
     return False
 
 
-is_exporting: Any = _is_exporting if VERSION >= (2, 7) else _never
-is_exporting._dynamo_marked_constant = VERSION >= (2, 7)  # dynamo asks while it traces, and does not trace this
+is_exporting = _is_exporting if VERSION >= (2, 7) else _never
