@@ -194,10 +194,11 @@ def main(argv: list[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     parts = {}
     for part in args.only:
-        timed = ['benchmarks.gpu', '--here', '--only', part, '--out', str(out), '--seconds', str(args.seconds)]
-        tests = ['pytest', '-q', '-m', 'not slow', '-p', 'no:cacheprovider', *_PARALLEL]
-        tests += [f'tests/test_ops/{test}' for test in TESTS]
-        command = tests if part == 'tests' else timed
+        if part == 'tests':
+            command = ['pytest', '-q', '-m', 'not slow', '-p', 'no:cacheprovider', *_PARALLEL]
+            command += [f'tests/test_ops/{test}' for test in TESTS]
+        else:
+            command = ['benchmarks.gpu', '--here', '--only', part, '--out', str(out), '--seconds', str(args.seconds)]
         parts[part] = [sys.executable, '-m', *command]
     with tempfile.TemporaryDirectory() as folder:
         make_bare(Path(folder))

@@ -19,7 +19,7 @@ README = RESULTS.parent.parent / 'README.md'
 DETAILS = RESULTS.parent / 'README.md'
 SWAPPING = RESULTS.parent.parent / 'docs/swapping.md'
 PLOT = RESULTS.parent.parent / 'docs/images/switch_norm_cpu.png'
-PHASES = ('forward', 'backward', 'both', 'eval')
+PHASES = dict(forward='forward', backward='backward', both='forward and backward', eval='evaluation')
 REFERENCE_SHAPES = 5  # the shapes that geometric means are taken over
 
 
@@ -39,12 +39,12 @@ def layer_tables(result: dict) -> str:
     providers = list(dict.fromkeys(row['provider'] for row in result['rows']))
     cells = {(tuple(r['shape']), r['provider'], r['phase']): r for r in result['rows']}
     text = [
-        f'## {result["dtype"]}, {result["layout"].replace("_", " ")}, {_name_allocator(result)}{result["device"]}',
+        f'## {_name_input(result)}, {_name_allocator(result)}{result["device"]}',
         '',
         _describe_conditions(result),
     ]
-    for phase, title in zip(PHASES, ('Forward', 'Backward', 'Forward and backward', 'Evaluation')):
-        text += ['', f'{title}: ratio of medians to BatchNorm (BatchNorm itself in ms)', '']
+    for phase, title in PHASES.items():
+        text += ['', f'{title.capitalize()}: ratio of medians to BatchNorm (BatchNorm itself in ms)', '']
         text += ['| shape | ' + ' | '.join(providers) + ' |', '| :--- |' + ' ---: |' * len(providers)]
         for shape in shapes:
             row = [cells[shape, name, phase] for name in providers]
@@ -89,7 +89,7 @@ def summary(result: dict) -> str:
     names = [name for name in names if _list_ratios(result, name, 'both')]
     text = [f'{result["dtype"]}, {result["device"]}, {_describe_conditions(result)}', '']
     text += ['| time / BatchNorm2d | ' + ' | '.join(names) + ' |', '| :--- |' + ' ---: |' * len(names)]
-    for phase, title in zip(PHASES, ('forward', 'backward', 'forward and backward', 'evaluation')):
+    for phase, title in PHASES.items():
         means = [f'{geometric_mean(_list_ratios(result, name, phase)[:REFERENCE_SHAPES]):.2f}' for name in names]
         text.append('| ' + ' | '.join([f'{title}, geometric mean of {REFERENCE_SHAPES} shapes', *means]) + ' |')
     worst = [f'{max(_list_ratios(result, name, "both")[:REFERENCE_SHAPES]):.2f}' for name in names]
@@ -117,18 +117,16 @@ def gpu_tables(result: dict) -> str:
     """Microseconds of the device by shape, with ratios to BatchNorm in brackets; and mean ratios of the host's time."""
     cells = {(tuple(r['shape']), r['provider'], r['phase']): r for r in result['rows']}
     shapes, names = (list(dict.fromkeys(key[i] for key in cells)) for i in range(2))
-    title = f'## {result["dtype"]}, {result["layout"].replace("_", " ")}, {result["device"]}'
-    text = [title, '', _describe_conditions(result)]
-    for phase, label in zip(PHASES, ('Forward', 'Backward', 'Forward and backward', 'Evaluation')):
-        text += ['', f'{label}: us on the GPU (ratio to BatchNorm)', '']
+    text = [f'## {_name_input(result)}, {result["device"]}', '', _describe_conditions(result)]
+    for phase, title in PHASES.items():
+        text += ['', f'{title.capitalize()}: us on the GPU (ratio to BatchNorm)', '']
         text += ['| shape | ' + ' | '.join(names) + ' |', '| :--- |' + ' ---: |' * len(names)]
         for shape in shapes:
             row = [cells[shape, name, phase] for name in names]
             times = [f'{1e6 * r["median"]:.0f} ({r["ratio"]:.2f})' for r in row]
             text.append('| ' + ' | '.join(['x'.join(map(str, shape)), *times]) + ' |')
         for where, suffix in ('', ''), ('the host, ', ' on host'):
-            ratios = [[cells[shape, name, phase + suffix]['ratio'] for shape in shapes] for name in names]
-            means = [f'{geometric_mean(each):.2f}' for each in ratios]
+            means = [f'{geometric_mean(_list_ratios(result, name, phase + suffix)):.2f}' for name in names]
             text.append('| ' + ' | '.join([f'{where}geometric mean', *means]) + ' |')
     return '\n'.join(text)
 
@@ -144,16 +142,14 @@ def gpu_summary(results: list[dict]) -> str:
         means = [
             [geometric_mean(_list_ratios(result, name, phase)) for name in ('SN', 'GroupNorm(32)')] for phase in phases
         ]
-        label = f'{result["dtype"]}, {result["layout"].replace("_", " ")}'
-        text.append('| ' + ' | '.join([label, *(f'{sn:.2f} ({gn:.2f})' for sn, gn in means)]) + ' |')
+        text.append('| ' + ' | '.join([_name_input(result), *(f'{sn:.2f} ({gn:.2f})' for sn, gn in means)]) + ' |')
     return '\n'.join(text)
 
 
-def host_table(result: dict) -> str:
+def host_table(result: dict, without: str = '') -> str:
     """Microseconds of the host for a layer on a GPU: the best of all rounds, and their median."""
     cells = {(r['samples'], r['name'], r['phase']): r for r in result['rows']}
     names = list(dict.fromkeys(r['name'] for r in result['rows']))
-    without = '' if 'NVIDIA' in result['device'] else 'measured without one, '
     text = [
         f'## Host time of a layer on a GPU, {without}{result["device"]}',
         '',
@@ -168,6 +164,10 @@ def host_table(result: dict) -> str:
         times = ' | '.join(f'{r["best"]:.0f} ({r["median"]:.0f})' for r in row)
         text.append(f'| {name}, {samples} samples | {times} |')
     return '\n'.join(text)
+
+
+def _name_input(result: dict) -> str:
+    return f'{result["dtype"]}, {result["layout"].replace("_", " ")}'
 
 
 def _name_allocator(result: dict) -> str:
@@ -324,7 +324,8 @@ def main(argv: list[str] | None = None) -> None:
         ],
         (DETAILS, 'tables'): [
             *map(model_table, load('models_*.json')),
-            *map(host_table, load('host_time*.json')),
+            *(host_table(result, 'measured without one, ') for result in load('host_time.json')),
+            *map(host_table, load('host_time_cuda.json')),
             *map(gpu_tables, load('gpu_*_*.json')),
             *map(layer_tables, load('switch_norm_*.json')),
         ],

@@ -67,11 +67,10 @@ class Classifier(BaseModel):
 
     def forward(self, inputs: Tensor, labels: Tensor, mode: str = 'tensor'):
         """Losses, predictions with the labels, or logits."""
-        if mode == 'loss' and inputs.is_cuda and torch.is_grad_enabled():  # else hooks are to see the layers
-            if not self._graph:
-                self._graph.append(torch.cuda.make_graphed_callables(nn.Sequential(self.network), (inputs.clone(),)))
-            return dict(loss=F.cross_entropy(self._graph[0](inputs), labels))
-        logits = self.network(inputs)
+        graphed = mode == 'loss' and inputs.is_cuda and torch.is_grad_enabled()  # else hooks are to see the layers
+        if graphed and not self._graph:
+            self._graph.append(torch.cuda.make_graphed_callables(nn.Sequential(self.network), (inputs.clone(),)))
+        logits = (self._graph[0] if graphed else self.network)(inputs)
         if mode == 'loss':
             return dict(loss=F.cross_entropy(logits, labels))
         return torch.stack([logits.argmax(1), labels], 1).tolist() if mode == 'predict' else logits
