@@ -20,10 +20,14 @@ def arguments(channels=64):
     return [*learned, *statistics]
 
 
+def copies(args, dtype=torch.float32):
+    """Others with the same numbers."""
+    return [a.detach().to(dtype, copy=True).requires_grad_(a.requires_grad) for a in args]
+
+
 def inputs(shape=SHAPE, dtype=torch.float32):
-    return torch.randn(shape, device='cuda', dtype=dtype, requires_grad=True), torch.randn(shape, device='cuda').to(
-        dtype
-    )
+    x, dy = (torch.randn(shape, device='cuda').to(dtype) for _ in range(2))
+    return x.requires_grad_(), dy
 
 
 def step(x, dy, args, function=switch_norm, training=True):
@@ -41,9 +45,7 @@ def seeded():
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.float64], ids=str)
 def test_the_host_never_waits_for_the_gpu(dtype, training):
     x, dy = inputs(dtype=dtype)
-    args = arguments()
-    if dtype == torch.float64:
-        args = [a.detach().double().requires_grad_(a.requires_grad) for a in args]
+    args = copies(arguments(), torch.float64 if dtype == torch.float64 else torch.float32)
     step(x, dy, args, training=training)  # compiles
     torch.cuda.set_sync_debug_mode('error')
     try:
@@ -100,9 +102,8 @@ def test_from_two_threads():
 @pytest.mark.parametrize('shape', [SHAPE, (2, 64, 200, 336), (256, 64, 7, 7)], ids=str)
 def test_a_cuda_graph_replays_a_training_step(shape):
     x, dy = inputs(shape)
-    args, eager = arguments(), arguments()
-    with torch.no_grad():
-        [a.copy_(b) for a, b in zip(args, eager)]
+    eager = arguments()
+    args = copies(eager)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -138,14 +139,13 @@ def test_memory_is_that_of_batch_norm(shape, dtype):
     x, dy = inputs(shape, dtype)
     args = arguments(256)
 
-    def batch_norm(x, mean_weight, var_weight, weight, bias, mean, var, training):
-        return F.batch_norm(x, mean, var, weight, bias, training)
+    def ours():
+        return step(x, dy, args)
 
-    ours, theirs = (lambda: step(x, dy, args)), (lambda: batch_norm_step(x, dy, args))
-
-    def batch_norm_step(x, dy, args):
-        y = batch_norm(x, *args, training=True)
-        return [y.detach(), *torch.autograd.grad(y, [x, *args[2:4]], dy)]
+    def theirs():
+        weight, bias, *statistics = args[2:]
+        y = F.batch_norm(x, *statistics, weight, bias, training=True)
+        return [y.detach(), *torch.autograd.grad(y, [x, weight, bias], dy)]
 
     ours(), theirs()
     maps = shape[0] * shape[1]
@@ -157,9 +157,8 @@ def test_memory_is_that_of_batch_norm(shape, dtype):
 def test_compiled_it_keeps_the_kernels(mode):
     torch._dynamo.reset()
     compiled = torch.compile(switch_norm, fullgraph=True, mode=mode)
-    args, eager = arguments(), arguments()
-    with torch.no_grad():
-        [a.copy_(b) for a, b in zip(args, eager)]
+    eager = arguments()
+    args = copies(eager)
     for _ in range(3):
         x, dy = inputs()
         torch.compiler.cudagraph_mark_step_begin()

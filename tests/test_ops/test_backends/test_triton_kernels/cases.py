@@ -42,7 +42,7 @@ def rand(*shape, dtype=torch.float64, **kwargs):
 
 
 def laid_out(x, channels_last):
-    return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x
+    return test_ops.cases.laid_out(x, 'channels_last' if channels_last else 'contiguous')
 
 
 def arguments(channels, names=NORMALIZERS, dtype=torch.float64):
