@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..layers import SwitchNorm
-from .layers import is_one_hot, keep_activation, make_batch_norm, replace
+from .layers import find_additions, is_foldable, keep_activation, make_batch_norm, replace
 
 _Conv = Union[nn.Conv1d, nn.Conv2d, nn.Conv3d]
 
@@ -25,8 +25,8 @@ def fold_batch_norm(model: nn.Module, *args: Any, **kwargs: Any) -> int:
     takes it into its weight and bias (:func:`torch.nn.utils.fusion.fuse_conv_bn_eval`), and an ``nn.Identity`` replaces
     the layer. A forward pass finds the convolution: an ``nn.Conv1d``, ``2d`` or ``3d`` whose output goes, unchanged, to
     this layer only. Layers without one become BatchNorm, as by :func:`convert_switch_norm`. All other layers stay,
-    BatchNorms too (mmcv's ``fuse_conv_bn`` folds these). The model is changed in place, and is for evaluation only from
-    then on.
+    BatchNorms too (mmcv's ``fuse_conv_bn`` folds these). So do layers without running statistics, and what hooks,
+    methods or tensors were added to. The model is changed in place, and is for evaluation only from then on.
 
     Args:
         model (nn.Module): The model, in evaluation mode.
@@ -50,7 +50,7 @@ def fold_batch_norm(model: nn.Module, *args: Any, **kwargs: Any) -> int:
     training = [name or 'the model' for name, module in model.named_modules() if module.training]
     if training:
         raise ValueError(f'folding is for evaluation; call model.eval() first ({training[0]} is in training mode)')
-    layers = [m for m in model.modules() if isinstance(m, SwitchNorm) and is_one_hot(m)]
+    layers = [m for m in model.modules() if isinstance(m, SwitchNorm) and is_foldable(m)]
     norms = {layer: make_batch_norm(layer) for layer in layers}
     new: dict[nn.Module, nn.Module] = dict(norms.items())
     convs = _find_convs_before(model, layers, args, kwargs)
@@ -80,8 +80,9 @@ def _find_convs_before(
         unchanged = inputs[0] is last and inputs[0]._version == version  # not so after ReLU(inplace=True)
         sources[layer].append(conv_of_last if unchanged else None)
 
-    # exact types: derived ones may change their weight first
-    plain = [m for m in model.modules() if type(m) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)]
+    # exact types: derived ones may change their weight first, as may hooks
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    plain = [m for m in model.modules() if type(m) in kinds and not find_additions(m)]
     hooks = [conv.register_forward_hook(after_conv) for conv in plain]
     hooks += [layer.register_forward_pre_hook(before_layer) for layer in layers]
     try:

@@ -20,6 +20,10 @@ from ..layers.state_dict import log_starts
 from ..norms import is_mmcv_sync_bn, is_switchable, own_modules
 
 _Layer = TypeVar('_Layer', bound=nn.Module)
+_STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
+_TENSORS = ('weight', 'bias', 'mean_weight', 'var_weight', 'radius', *_STATISTICS)
+_ACTIVATING = ('BatchNormAct2d', 'SyncBatchNormAct', 'GroupNormAct', 'GroupNorm1Act')
+_OF_TIMM = (*_ACTIVATING, 'GroupNorm', 'GroupNorm1')  # the last two only have a kernel of their own
 
 ONE_HOT = 1 - 1e-6  # a smaller importance ratio of BN is not BatchNorm
 
@@ -64,8 +68,9 @@ def convert_switch_norm(
 
     Raises:
         ValueError: If an argument is wrong; if a BatchNorm has no running statistics, or an InstanceNorm has some; if a
-            layer does more than to normalize (its class has a ``forward`` of its own, or children); or, to 'BN', if
-            the ratios of a layer are not one-hot on BN. The message names the layers, and the model is unchanged.
+            layer does more than to normalize (its class has a ``forward`` of its own, or children; or hooks, methods
+            or tensors were added to it); or, to 'BN', if the ratios of a layer are not one-hot on BN, or
+            its statistics are frozen for good. The message names the layers, and the model is unchanged.
 
     Examples:
         >>> from torch import nn
@@ -82,7 +87,7 @@ def convert_switch_norm(
     if to == 'BN' and init_ratios is not None:
         raise ValueError(f"init_ratios={init_ratios!r} is for SN layers, and to='BN' makes none; leave it out")
     if to == 'BN':
-        _check_one_hot(_find_switch_norms(model))
+        _check_revertible(_find_switch_norms(model))
     else:
         _check_convertible(_find_other_norms(model))
     if not inplace:
@@ -122,7 +127,7 @@ def _find_other_norms(model: nn.Module) -> dict[str, nn.Module]:
     return {name: layer for name, layer in own_modules(model) if is_switchable(type(layer))}
 
 
-def _check_one_hot(found: dict[str, SwitchNorm]) -> None:
+def _check_revertible(found: dict[str, SwitchNorm]) -> None:
     other = [
         f'{name or "the model"} ({_format_ratios(layer)})' for name, layer in found.items() if not is_one_hot(layer)
     ]
@@ -132,22 +137,24 @@ def _check_one_hot(found: dict[str, SwitchNorm]) -> None:
             f'the variances) are not one-hot on BN: {", ".join(other)}. Layers that started from '
             'init_ratios=(0, 0, 1) can go back'
         )
+    _check_plain(found)
+    frozen = [
+        f'{name or "the model"} ({type(bn).__name__})'
+        for name, bn in ((name, layer._find_statistics()) for name, layer in found.items())
+        if not hasattr(bn, 'momentum')
+    ]
+    if frozen:
+        raise ValueError(
+            'the statistics of these layers stay in training mode too, as something has replaced their child bn, and '
+            f"BatchNorm's do not: {', '.join(frozen)}; undo it first (timm.utils.unfreeze)"
+        )
 
 
 def _check_convertible(found: dict[str, nn.Module]) -> None:
     lazy = [name for name, layer in found.items() if isinstance(layer, _LazyNormBase)]
     if lazy:
         raise ValueError(f'these layers do not know their number of channels before a first forward: {", ".join(lazy)}')
-    more = [
-        f'{name or "the model"} ({type(layer).__name__})'
-        for name, layer in found.items()
-        if not _only_normalizes(layer) and not _has_activation(layer)
-    ]
-    if more:
-        raise ValueError(
-            'these layers are of classes with a forward or with children of their own, and would lose what they do '
-            f'beside normalizing: {", ".join(more)}; replace them by hand'
-        )
+    _check_plain(found)
     frozen = [name for name, layer in found.items() if not _is_batch_norm(layer) and _has_statistics(layer)]
     if frozen:
         raise ValueError(
@@ -162,20 +169,64 @@ def _check_convertible(found: dict[str, nn.Module]) -> None:
         )
 
 
+def _check_plain(found: Mapping[str, nn.Module]) -> None:
+    """Check that layers do nothing but normalize, and activate as timm's."""
+    more = [
+        f'{name or "the model"} ({type(layer).__name__})'
+        for name, layer in found.items()
+        if not _only_normalizes(layer)
+    ]
+    if more:
+        raise ValueError(
+            'these layers have children, or are of classes with a forward or __call__ of their own, and would lose '
+            f'what they do beside normalizing: {", ".join(more)}; replace them by hand'
+        )
+    changed = {name or 'the model': find_additions(layer) for name, layer in found.items()}
+    listed = [f'{name} ({", ".join(additions)})' for name, additions in changed.items() if additions]
+    if listed:
+        raise ValueError(
+            'hooks, methods or tensors were added to these layers, and new layers would lack them: '
+            f'{", ".join(listed)}; take them away (by the handle of a hook, prune.remove, remove_weight_norm), '
+            'convert, and add them to the new layers'
+        )
+
+
+def find_additions(layer: nn.Module) -> list[str]:
+    """Find what was added to a built layer, by the names of its attributes: hooks, methods and tensors.
+
+    Of an SN layer's child only hooks count, which run around the layer's computation.
+    """
+    tensors = [*layer._parameters, *layer._buffers]
+    found = _find_hooks(layer)
+    found += [name for name in vars(layer) if callable(getattr(type(layer), name, None)) or name in _TENSORS]
+    found += [name for name in tensors if name not in _TENSORS]
+    if isinstance(layer, SwitchNorm) and layer.bn is not None:
+        found += [f'bn.{name}' for name in _find_hooks(layer._find_statistics())]
+    return found
+
+
+def _find_hooks(module: nn.Module) -> list[str]:
+    found = []
+    for name, hooks in vars(module).items():
+        if name.endswith('_hooks') and isinstance(hooks, dict):
+            found += [name] if any(hook is not _activate for hook in hooks.values()) else []
+    return found
+
+
 def _only_normalizes(layer: nn.Module) -> bool:
-    """Whether a layer does nothing but normalize, as far as its class can tell."""
-    if _is_of_timm(layer, 'GroupNorm', 'GroupNorm1'):  # which only has a kernel of its own
-        return True
-    bases: list[Any] = [_BatchNorm, nn.SyncBatchNorm, _InstanceNorm, nn.GroupNorm]
+    """Whether a layer does nothing but normalize, and activate as timm's, as far as its class can tell."""
+    bases: list[Any] = [_BatchNorm, nn.SyncBatchNorm, _InstanceNorm, nn.GroupNorm, SwitchNorm]
     bases += filter(is_mmcv_sync_bn, type(layer).__mro__)
-    return type(layer).forward in [base.forward for base in bases] and not [*layer.children()]
+    known = type(layer).forward in [base.forward for base in bases] or _is_of_timm(layer, *_OF_TIMM)
+    children = {'drop', 'act'} if _has_activation(layer) else set()
+    if isinstance(layer, SwitchNorm):
+        children.add('bn')
+    return known and type(layer).__call__ is nn.Module.__call__ and layer._modules.keys() <= children
 
 
 def _has_activation(layer: nn.Module) -> bool:
     """Whether a layer is a norm of timm's with dropout and activation, or was converted from one."""
-    return _activate in layer._forward_hooks.values() or _is_of_timm(
-        layer, 'BatchNormAct2d', 'SyncBatchNormAct', 'GroupNormAct', 'GroupNorm1Act'
-    )
+    return _activate in layer._forward_hooks.values() or _is_of_timm(layer, *_ACTIVATING)
 
 
 def _is_of_timm(layer: nn.Module, *names: str) -> bool:
@@ -199,11 +250,17 @@ def _is_batch_norm(layer: nn.Module) -> bool:
 
 
 def _has_statistics(layer: nn.Module) -> bool:
-    return getattr(layer, 'running_mean', None) is not None
+    return all(getattr(layer, name, None) is not None for name in ('running_mean', 'running_var'))
 
 
 def is_one_hot(layer: SwitchNorm) -> bool:
     return layer.bn is not None and bool((layer.importance_ratios[:, -1] >= ONE_HOT).all())
+
+
+def is_foldable(layer: SwitchNorm) -> bool:
+    """Whether a layer in evaluation mode is an affine map of each channel, and nothing hangs on it."""
+    plain = is_one_hot(layer) and _only_normalizes(layer) and not find_additions(layer)
+    return plain and _has_statistics(layer._find_statistics())
 
 
 def _format_ratios(layer: SwitchNorm) -> str:
@@ -221,16 +278,18 @@ def _make_switch_norm(old: Any, to: str, args: dict[str, Any], like: torch.Tenso
     channels = old.num_channels if isinstance(old, nn.GroupNorm) else old.num_features
     momentum = dict(momentum=old.momentum) if _is_batch_norm(old) else {}
     like = next((t for t in (*old.parameters(), *old.buffers()) if t.is_floating_point()), like)
-    new = cls(channels, old.eps, affine=old.affine, device=like.device, dtype=like.dtype, **momentum, **args)
-    if old.affine:
-        new.weight, new.bias = old.weight, _get_bias(old)
+    first = old.bias if old.weight is None else old.weight  # None without both, which affine does not always tell
+    affine = first is not None
+    new = cls(channels, old.eps, affine=affine, device=like.device, dtype=like.dtype, **momentum, **args)
+    if affine:
+        new.weight, new.bias = _get_parameter(old.weight, 1, first), _get_parameter(old.bias, 0, first)
         for logits in new.mean_weight, new.var_weight:  # frozen with the rest of the layer
-            logits.requires_grad = old.weight.requires_grad
+            logits.requires_grad = first.requires_grad
     if _is_batch_norm(old):
         _move_statistics(old, new.bn)
     if isinstance(new, SyncSN) and getattr(old, 'process_group', None) is not None:
         new.bn.process_group = old.process_group
-    return keep_activation(old, new).train(old.training)
+    return keep_activation(old, new.train(old.training))
 
 
 def make_batch_norm(old: SwitchNorm) -> _BatchNorm:
@@ -242,9 +301,9 @@ def make_batch_norm(old: SwitchNorm) -> _BatchNorm:
         cls = nn.SyncBatchNorm
     elif isinstance(old, (SwitchNorm1d, SwitchNorm3d)):
         cls = nn.BatchNorm1d if isinstance(old, SwitchNorm1d) else nn.BatchNorm3d
-    like = bn.running_mean
-    new = cls(old.num_features, old.eps, old.momentum, old.affine, device=like.device, dtype=like.dtype)
-    if old.affine:
+    like, affine = old.mean_weight, old.weight is not None or old.bias is not None
+    new = cls(old.num_features, old.eps, old.momentum, affine, device=like.device, dtype=like.dtype)
+    if affine:
         new.weight, new.bias = old.weight, old.bias
     _move_statistics(bn, new)
     if isinstance(new, nn.SyncBatchNorm):
@@ -252,11 +311,13 @@ def make_batch_norm(old: SwitchNorm) -> _BatchNorm:
     return keep_activation(old, new.train(bn.training))
 
 
-def _get_bias(old: Any) -> nn.Parameter:
-    """The bias of a layer; for one with bias=False, a bias that is 0 and does not learn."""
-    return nn.Parameter(torch.zeros_like(old.weight), requires_grad=False) if old.bias is None else old.bias
+def _get_parameter(own: nn.Parameter | None, value: float, like: torch.Tensor) -> nn.Parameter:
+    """A layer's weight or bias; where it lacks this one alone, one that changes nothing and does not learn."""
+    return nn.Parameter(torch.full_like(like, value), requires_grad=False) if own is None else own
 
 
 def _move_statistics(old: nn.Module, new: nn.Module) -> None:
-    for name in 'running_mean', 'running_var', 'num_batches_tracked':
-        setattr(new, name, getattr(old, name))
+    """Move what a BatchNorm knows of its statistics; a frozen one of timm's lacks part of it."""
+    for name in (*_STATISTICS, 'track_running_stats'):
+        if hasattr(old, name):
+            setattr(new, name, getattr(old, name))

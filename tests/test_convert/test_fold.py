@@ -6,6 +6,7 @@ from mmcv.cnn import ConvModule
 from mmcv.cnn.bricks.conv_ws import ConvWS2d
 from support import randomized, scatter
 from torch import nn
+from torch.nn.utils import prune
 
 from sn_openmmlab import (
     SparseSwitchNorm,
@@ -64,6 +65,37 @@ def test_what_is_folded(make, folded, left):
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
     assert left in {type(m) for m in model.modules()}
     assert not any(m.training or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+ADDITIONS = {
+    'hook': lambda m: m.register_forward_hook(lambda m, a, y: y.relu()),
+    'pre-hook': lambda m: m.register_forward_pre_hook(lambda m, a: (a[0] + 1,)),
+    'forward': lambda m: setattr(m, 'forward', lambda x: type(m).forward(m, x).relu()),
+    'prune': lambda m: prune.l1_unstructured(m, 'weight', amount=0.5),
+    'weight_norm': lambda m: nn.utils.weight_norm(m, dim=None),
+}
+
+
+@pytest.mark.parametrize(
+    'addition, place, left',
+    [(name, '0', nn.BatchNorm2d) for name in ADDITIONS]
+    + [(name, '1', SwitchNorm) for name in ADDITIONS]
+    + [(name, '1.bn', SwitchNorm) for name in ('hook', 'pre-hook')],
+)
+def test_what_was_added_to_a_layer_keeps_it_from_being_folded(addition, place, left):
+    """The layer stays as it is; where it hangs on the convolution, the layer becomes BatchNorm."""
+    model, x = randomized(nn.Sequential(nn.Conv2d(3, 4, 3), one_hot())).eval(), torch.randn(2, 3, 8, 8)
+    ADDITIONS[addition](model.get_submodule(place))
+    expected = model(x)
+    assert fold_batch_norm(model, x) == 0 and type(model[1]) is left
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_without_statistics_is_no_map_of_channels():
+    model, x = randomized(nn.Sequential(nn.Conv2d(3, 4, 3), one_hot())).eval(), torch.randn(2, 3, 8, 8)
+    model[1].bn.running_mean = model[1].bn.running_var = None
+    expected = model(x)
+    assert fold_batch_norm(model, x) == 0 and torch.equal(model(x), expected)
 
 
 def test_folding_is_for_evaluation():

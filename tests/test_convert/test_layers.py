@@ -10,6 +10,7 @@ from mmcv.ops import SyncBatchNorm as MMSyncBN
 from mmengine.registry import MODELS
 from support import randomized, relative_error
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from sn_openmmlab import SwitchNorm, SwitchNorm1d, SwitchNorm3d, SyncSN, convert_switch_norm, fold_batch_norm
 from sn_openmmlab.ops.torch_versions import VERSION
@@ -166,6 +167,173 @@ def test_errors(model, kwargs, message):
     assert [type(m) for m in model] == before
 
 
+# -- layers that were changed after they were built ----------------------------------------------------------------
+
+
+def replace_forward(layer):
+    layer.forward = lambda x: type(layer).forward(layer, x).relu()
+
+
+class Doubling(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+ADDITIONS = {
+    'forward hook': (lambda m: m.register_forward_hook(lambda m, a, y: y.relu()), '_forward_hooks'),
+    'forward pre-hook': (lambda m: m.register_forward_pre_hook(lambda m, a: (a[0] + 1,)), '_forward_pre_hooks'),
+    'backward hook': (lambda m: m.register_full_backward_hook(lambda m, a, b: None), '_backward_hooks'),
+    'hook of the state': (lambda m: m._register_state_dict_hook(lambda m, state, *_: None), '_state_dict_hooks'),
+    'hook of loading': (
+        lambda m: m._register_load_state_dict_pre_hook(lambda *_: None), '_load_state_dict_pre_hooks'
+    ),
+    'forward': (replace_forward, 'forward'),
+    'buffer': (lambda m: m.register_buffer('scale', torch.ones(6)), 'scale'),
+    'prune': (lambda m: prune.l1_unstructured(m, 'weight', amount=0.5), 'weight_orig'),
+    'weight_norm': (lambda m: nn.utils.weight_norm(m, dim=None), 'weight_g'),
+    'parametrization': (lambda m: parametrize.register_parametrization(m, 'weight', Doubling()), 'Parametrized'),
+    'child': (lambda m: m.add_module('more', nn.ReLU()), '1 ('),
+}  # fmt: skip
+CHANGED = {
+    'BN': (lambda: nn.BatchNorm2d(6), 'SN'),
+    'GN': (lambda: nn.GroupNorm(2, 6), 'SyncSN'),
+    'IN': (lambda: nn.InstanceNorm2d(6, affine=True), 'SSN'),
+    'timm': (lambda: BatchNormAct2d(6), 'SN'),
+    'SN': (lambda: SwitchNorm(6, init_ratios=BN_ONLY), 'BN'),
+    'timm to SN': (lambda: convert_switch_norm(BatchNormAct2d(6), init_ratios=BN_ONLY), 'BN'),
+    'SN to BN': (lambda: convert_switch_norm(SwitchNorm(6, init_ratios=BN_ONLY), 'BN'), 'SN'),
+}
+
+
+@pytest.mark.parametrize('inplace', [True, False])
+@pytest.mark.parametrize('addition', ADDITIONS)
+@pytest.mark.parametrize('kind', CHANGED)
+def test_what_was_added_to_a_layer_is_no_silent_loss(kind, addition, inplace):
+    """Refused by name before anything changes, also of the layers that could be converted."""
+    make, to = CHANGED[kind]
+    add, name = ADDITIONS[addition]
+    model = nn.Sequential(make(), make(), make())
+    add(model[1])
+    layers, state = [*model.modules()], copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match='(hooks, methods or tensors were added|replace them by hand)') as error:
+        convert_switch_norm(model, to, inplace=inplace)
+    assert ' 1 (' in str(error.value) and name in str(error.value) and ' 2 (' not in str(error.value)
+    assert [*model.modules()] == layers and model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize('addition', [name for name in ADDITIONS if 'forward ' in name or 'backward' in name])
+def test_a_hook_on_the_child_is_no_silent_loss(addition):
+    """It runs around the layer's computation."""
+    add, name = ADDITIONS[addition]
+    model = nn.Sequential(SwitchNorm(6, init_ratios=BN_ONLY), SwitchNorm(6, init_ratios=BN_ONLY))
+    handle = add(model[1].bn)
+    with pytest.raises(ValueError, match=rf'added to these layers.*: 1 \(bn\.{name}\); take them away'):
+        convert_switch_norm(model, 'BN')
+    handle.remove()
+    assert type(convert_switch_norm(model, 'BN')[1]) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize('base, to', [(nn.BatchNorm2d, 'SN'), (SwitchNorm, 'BN')])
+@pytest.mark.parametrize('method', ['forward', '__call__'])
+def test_a_class_that_is_called_in_another_way_is_refused_by_name(base, to, method):
+    own = type('Own', (base,), {method: lambda self, x: getattr(base, method)(self, x).relu()})
+    layer = own(6, **(dict(init_ratios=BN_ONLY) if to == 'BN' else {}))
+    with pytest.raises(ValueError, match=r'__call__ of their own.*: a \(Own\); replace'):
+        convert_switch_norm(nn.ModuleDict(dict(a=layer)), to)
+
+
+def test_the_remedy_works():
+    """Taken away and added to the new layer, a hook and a mask mean what they did."""
+    model = nn.Sequential(randomized(nn.BatchNorm2d(6))).eval()
+    handle = model[0].register_forward_hook(lambda m, a, y: y.relu())
+    prune.l1_unstructured(model[0], 'weight', amount=0.5)
+    x = torch.randn(2, 6, 5, 5)
+    expected = model(x)
+    handle.remove()
+    prune.remove(model[0], 'weight')
+    convert_switch_norm(model, init_ratios=BN_ONLY)[0].register_forward_hook(lambda m, a, y: y.relu())
+    assert relative_error(model(x), expected) < 1e-5
+
+
+def no_tracking(layer):
+    layer.track_running_stats = False
+
+
+def no_statistics(layer):
+    layer.track_running_stats, layer.running_mean, layer.running_var = False, None, None  # as TENT does
+
+
+def no_count(layer):
+    layer.num_batches_tracked = None
+
+
+def no_affine(layer):
+    layer.weight = layer.bias = None
+
+
+def no_weight(layer):
+    layer.weight = None
+
+
+def run(layer, x):
+    """Outputs of three calls, in training, evaluation and training mode, and the statistics after them."""
+    outputs = [layer.train(mode)(x + mode) for mode in (True, False, True)]
+    bn = getattr(layer, 'bn', layer)
+    return [*outputs, *(v for v in (bn.running_mean, bn.running_var, bn.num_batches_tracked) if v is not None)]
+
+
+@pytest.mark.parametrize('change', [no_tracking, no_count, no_affine, no_weight])
+def test_a_changed_batch_norm_stays_what_it_is(change):
+    old = randomized(nn.BatchNorm2d(6))
+    change(old)
+    new = convert_switch_norm(copy.deepcopy(old), init_ratios=BN_ONLY)
+    back = convert_switch_norm(copy.deepcopy(new), 'BN')
+    x = torch.randn(4, 6, 5, 5)
+    expected = run(old, x)
+    for layer in new, back:
+        torch.testing.assert_close(run(layer, x), expected, rtol=1e-4, atol=1e-5)
+        assert getattr(layer, 'bn', layer).track_running_stats == old.track_running_stats
+
+
+@pytest.mark.parametrize('change', [no_tracking, no_statistics, no_count])
+def test_a_changed_child_goes_back_as_what_it_is(change):
+    old = randomized(SwitchNorm(6, init_ratios=BN_ONLY))
+    change(old.bn)
+    back = convert_switch_norm(copy.deepcopy(old), 'BN')
+    x = torch.randn(4, 6, 5, 5)
+    torch.testing.assert_close(run(back, x), run(old, x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_norm_that_lost_its_statistics_is_refused_by_name():
+    layer = nn.BatchNorm2d(6)
+    no_statistics(layer)
+    with pytest.raises(ValueError, match='keep no running statistics.*: a$'):
+        convert_switch_norm(nn.ModuleDict(dict(a=layer)))
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """As torchvision's, which timm.utils.freeze puts in place of each BatchNorm2d."""
+
+    def __init__(self, bn):
+        super().__init__()
+        self.eps = bn.eps
+        for name, value in dict(weight=torch.ones(6), bias=torch.zeros(6), **dict(bn.named_buffers())).items():
+            if name != 'num_batches_tracked':
+                self.register_buffer(name, value.clone())
+
+
+def test_a_frozen_child():
+    """No BatchNorm stays frozen in training mode; in evaluation it is one, and is folded."""
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), randomized(SwitchNorm(6, init_ratios=BN_ONLY))).eval()
+    x = torch.randn(2, 3, 7, 7)
+    expected = model(x)
+    model[1].bn = FrozenBatchNorm2d(model[1].bn).eval()
+    with pytest.raises(ValueError, match=r'stay in training mode.*: 1 \(FrozenBatchNorm2d\); undo it first'):
+        convert_switch_norm(model, 'BN')
+    assert fold_batch_norm(model, x) == 1 and relative_error(model(x), expected) < 1e-5
+
+
 # -- norms of other libraries, which do more --------------------------------------------------------------------------
 
 BASES = {
@@ -195,7 +363,7 @@ def test_a_class_that_does_more_than_its_base_is_refused_by_name(base, kind, gro
     if kind == 'child':
         layer.act = nn.ReLU()
     model = nn.Sequential(nn.ReLU(), layer)
-    with pytest.raises(ValueError, match=r'forward or with children of their own.*: 1 \(Own\); replace'):
+    with pytest.raises(ValueError, match=r'children, or are of classes with a forward .*: 1 \(Own\); replace'):
         convert_switch_norm(model)
     assert model[1] is layer
 
