@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..ops.sparsestmax import softmax_of_sparsestmax, sparsestmax
 from . import batch_statistics
+from .start import distribute_like
 from .state_dict import is_computable
 from .switch_norm import SwitchNorm
 
@@ -103,7 +104,7 @@ class SparseSwitchNorm(SwitchNorm):
     def _find_used(self) -> None:
         """Look up which normalizers are needed: in training mode all."""
         self._used = self.normalizers
-        if not self.training and not self.radius.is_meta:
+        if not self.training and not any(t.is_meta for t in (self.radius, self.mean_weight, self.var_weight)):
             taken = (self.importance_ratios != 0).any(0).tolist()  # NaN counts as used
             self._used = tuple(itertools.compress(self.normalizers, taken))
 
@@ -119,8 +120,12 @@ class SparseSwitchNorm(SwitchNorm):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load as SN does. A checkpoint of SN or BN has no ``radius``: this becomes 0, and logits their softmax."""
-        if prefix + 'radius' not in state_dict and any(key.startswith(prefix) for key in state_dict):
-            state_dict[prefix + 'radius'] = torch.zeros_like(self.radius)
+        found = next((value for key, value in state_dict.items() if key.startswith(prefix)), None)
+        if prefix + 'radius' not in state_dict and found is not None:
+            # where the others are, since with assign=True it takes this one's place
+            device = found.device if isinstance(found, Tensor) else self.radius.device
+            radius = torch.zeros((), dtype=self.radius.dtype, device=device)
+            state_dict[prefix + 'radius'] = distribute_like(radius, self.radius)
             for name in prefix + 'mean_weight', prefix + 'var_weight':
                 if is_computable(state_dict.get(name)):
                     state_dict[name] = state_dict[name].softmax(0)

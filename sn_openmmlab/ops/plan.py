@@ -7,9 +7,11 @@ a layer moves or its mode changes: the next call is another one.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from numbers import Real
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from . import backends
 from .backends.interface import Backend, Parameters, Program, Setting, Statistics, kept_sizes
-from .formula import moments_dtype
+from .formula import NORMALIZERS, moments_dtype
 
 _PLAIN = {Tensor, torch.nn.Parameter}
 # what os.environ looks into: it takes ten times as long to say that a variable is not set
@@ -29,6 +31,7 @@ _MOST = 4096  # plans that are kept
 
 # the tensors of a call, a plain tuple everywhere: dynamo of some versions of torch cannot slice a named one
 ARGUMENTS = 'x', 'mean_weight', 'var_weight', 'weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked'
+GRADIENT = 'the gradient of the output'
 
 
 class Plan(NamedTuple):
@@ -57,9 +60,9 @@ def look_up(
         alone: Whether this process computes alone.
 
     Raises:
-        ValueError: If a shape does not fit.
+        ValueError: If a shape does not fit, or another argument is none that the op takes.
         TypeError: If a dtype does not.
-        RuntimeError: If ``SN_BACKEND`` names a backend that cannot run this call.
+        RuntimeError: If ``SN_BACKEND`` names a backend that cannot run this call, or the memory of a tensor was freed.
     """
     x, _, _, weight, bias, mean, var, tracked = arguments
     none = weight is None, bias is None, mean is None, var is None, tracked is None
@@ -72,7 +75,7 @@ def look_up(
     try:
         addresses = [0 if t is None else t.data_ptr() for t in arguments]
         choice = _environment.get(_SN_BACKEND)
-        key = describe(*present), x.stride(), none, normalizers, eps, batch, momentum is None, alone, choice
+        key = describe(*present), x.stride(), none, normalizers, eps, batch, type(momentum), alone, choice
         plan = _plans.get(key)
     except (AttributeError, RuntimeError, TypeError):  # wrappers have no address; what is no tensor is refused below
         key, addresses = None, [0] * len(arguments)
@@ -82,8 +85,10 @@ def look_up(
             if len(_plans) >= _MOST:
                 _plans.clear()
             _plans[key] = plan
-    if addresses.count(0) > none.count(True) and (key is None or any(t.data_ptr() == 0 < t.numel() for t in present)):
-        plan = Plan(plan.setting, None)
+    if addresses.count(0) > none.count(True):
+        refuse_freed(ARGUMENTS, arguments)
+        if key is None or any(t.data_ptr() == 0 < t.numel() for t in present):
+            plan = Plan(plan.setting, None)
     return plan, addresses
 
 
@@ -103,6 +108,7 @@ _describe = attrgetter('shape', 'dtype', 'device')
 def _make(
     arguments: tuple, normalizers: tuple[str, ...], eps: float, batch: bool, momentum: float | None, alone: bool
 ) -> Plan:
+    _check_numbers(eps, momentum)
     check(arguments, momentum, normalizers)
     x, setting = arguments[0], Setting(normalizers, eps, not batch)
     if x.device.type in ('meta', 'mps'):  # no values, no float64
@@ -116,6 +122,19 @@ def _make(
     kept = torch.empty(sum(kept_sizes(x.shape[0], x.shape[1], x.dtype)), dtype=torch.float64, device=x.device)
     learned = [t for t in arguments[1:4] if t is not None]
     return Plan(setting, backend, program, describe(x.detach(), x, kept, *learned))
+
+
+def refuse_freed(names: Sequence[str], tensors: Sequence[Tensor | None]) -> None:
+    """Refuse ordinary tensors whose memory somebody has freed, as FSDP does: a kernel would read what is not there."""
+    for name, t in zip(names, tensors):
+        if type(t) not in _PLAIN or t.device.type not in ('cpu', 'cuda') or t._is_zerotensor():
+            continue
+        try:
+            freed = t.data_ptr() == 0 < t.numel()
+        except RuntimeError:  # a wrapper of torch.func
+            continue
+        if freed:
+            raise RuntimeError(f'{name}, of shape {tuple(t.shape)}, has no memory: it was freed before its last use')
 
 
 def statistics_of(arguments: tuple, momentum: float | None, setting: Setting) -> Statistics | None:
@@ -140,9 +159,18 @@ def quiet_in_traces(check: Callable) -> Callable:
     return wrapper
 
 
+def _check_numbers(eps: float, momentum: float | None) -> None:
+    if not (isinstance(eps, Real) and 0 <= eps < math.inf):
+        raise ValueError(f'eps must be a finite number of at least 0, got {eps!r}')
+    if momentum is not None and not isinstance(momentum, Real):
+        raise ValueError(f'momentum must be None or a number, got {momentum!r}')
+
+
 @quiet_in_traces
 def check(arguments: tuple, momentum: float | None, normalizers: tuple[str, ...]) -> None:
-    """Refuse tensors that do not fit together."""
+    """Refuse normalizers that are none, and tensors that do not fit together."""
+    if not normalizers or normalizers != tuple([name for name in NORMALIZERS if name in normalizers]):
+        raise ValueError(f'normalizers must be a tuple of some of {NORMALIZERS}, in this order, got {normalizers!r}')
     x, _, _, weight, bias, running_mean, running_var, num_batches_tracked = arguments
     if not x.is_floating_point():
         raise TypeError(f'switch_norm got {x.dtype} input; convert it to a floating-point dtype, e.g. by x.float()')

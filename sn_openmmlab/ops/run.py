@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .backends.interface import Backend, Parameters, Setting, Statistics, kept_sizes
 from .formula import moments_dtype
-from .plan import Plan, describe, statistics_of
+from .plan import ARGUMENTS, GRADIENT, Plan, describe, refuse_freed, statistics_of
 
 
 def forward(
@@ -38,6 +38,7 @@ def backward(plan: Plan, dy: Tensor, x: Tensor, parameters: tuple, kept: Tensor,
         # what was true of them in the forward pass need not be any more
         if describe(*present) == plan.backward and 0 not in addresses:
             return plan.program.backward(tensors, [*addresses, 0] if weight is None else addresses)
+    refuse_freed((GRADIENT, *ARGUMENTS), (dy, x, *parameters))
     assert plan.backend is not None
     moments, joint = _separate(kept, x)
     return _backward(dy, x, moments, joint, Parameters(*parameters), plan.setting, group, plan.backend)

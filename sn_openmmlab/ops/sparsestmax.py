@@ -54,7 +54,7 @@ def sparsestmax(z: Tensor, radius: Tensor | float) -> Tensor:
         p = _sparsemax(torch.where(push, pushed, p).masked_fill(~face, -torch.inf))
         face = p > 0
     first = (torch.arange(k, device=z.device) == z.argmax(-1, keepdim=True)).to(z.dtype)
-    first = first.masked_fill(z.isnan().any(-1, keepdim=True), float('nan'))  # not the first by chance
+    first = first.masked_fill(z.isnan().any(-1, keepdim=True) | radius.isnan(), float('nan'))  # not the first by chance
     return torch.where(radius < 1, p, first)
 
 

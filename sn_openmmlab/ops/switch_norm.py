@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from .backends import algebra
 from .backends.interface import Parameters, Setting
 from .formula import NORMALIZERS, switch_norm_graph, switch_norm_reference
-from .plan import check, look_up, statistics_of
+from .plan import ARGUMENTS, GRADIENT, check, look_up, refuse_freed, statistics_of
 from .run import backward, forward, split_gradients
 from .torch_versions import VERSION, count_dispatch_modes, is_compiling, is_exporting
 
@@ -75,9 +75,10 @@ def switch_norm(
         - Output: as x, in its dtype. An empty input gives an empty output and leaves the running statistics alone.
 
     Raises:
-        ValueError: If a shape does not fit.
+        ValueError: If a shape does not fit, or ``normalizers``, ``eps`` or ``momentum`` are none.
         TypeError: If x is not floating point, or a parameter is neither of its dtype nor of its moments' dtype.
-        RuntimeError: If the environment variable ``SN_BACKEND`` names a backend that cannot run this call.
+        RuntimeError: If the environment variable ``SN_BACKEND`` names a backend that cannot run this call, or the
+            memory of a tensor was freed.
 
     Examples:
         >>> import torch
@@ -161,6 +162,7 @@ def _differentiable_backward(ctx, dy):
             'SN in place of SyncSN'
         )
     *inputs, kept = ctx.saved_tensors
+    refuse_freed((GRADIENT, *ARGUMENTS), (dy, *inputs))
     mean_bn, var_bn = None, None
     normalizers, eps, frozen = ctx.plan.setting
     if frozen:

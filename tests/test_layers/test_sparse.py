@@ -289,3 +289,10 @@ def test_logits_that_are_no_numbers_are_not_hidden(training, radius):
     into_sn = SwitchNorm(4)
     into_sn.load_state_dict(layer.state_dict())
     assert into_sn.mean_weight.isnan().any()
+
+
+def test_a_radius_that_is_no_number_is_not_hidden():
+    assert sparsestmax(torch.tensor([0.2, 0.0, 1.0]), float('nan')).isnan().all()
+    layer = SparseSwitchNorm(4)
+    layer.radius.fill_(float('nan'))
+    assert layer.eval()(images().float()).isnan().all()

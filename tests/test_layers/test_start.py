@@ -386,14 +386,18 @@ def test_a_frozen_stem_is_batch_norms_and_stays(init_ratios):
 
 
 @pytest.mark.skipif(VERSION < (2, 1), reason='load_state_dict(assign=True) came with torch 2.1')
-def test_parameters_on_meta():
-    """Assigned, as large models are made; the logits have to come from somewhere."""
-    state = batch_norm(*[v.float() for v in statistics(5)]).state_dict()
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('source, cls', [('BN', SwitchNorm), ('BN', SparseSwitchNorm), ('SN', SparseSwitchNorm)])
+def test_parameters_on_meta(source, cls, training):
+    """Assigned, as large models are made; logits and radius have to come from somewhere."""
+    state = (
+        batch_norm(*[v.float() for v in statistics(5)]).state_dict() if source == 'BN' else SwitchNorm(5).state_dict()
+    )
     with torch.device('meta'):
-        layer = SwitchNorm(5)
+        layer = cls(5).train(training)
     layer.load_state_dict(state, assign=True)
     assert not any(t.is_meta for t in (*layer.parameters(), *layer.buffers()))
-    other = SwitchNorm(5)
+    other = cls(5).train(training)
     other.load_state_dict(state)
     assert all(torch.equal(value, layer.state_dict()[name]) for name, value in other.state_dict().items())
 

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 
 import pytest
 import torch
@@ -231,11 +232,19 @@ def test_the_output_feeds_views_and_in_place_relu(backend):
             ValueError,
             'num_batches_tracked',
         ),
+        (dict(eps='a'), ValueError, "eps must be .* got 'a'"),
+        (dict(eps=float('nan')), ValueError, 'eps must be .* got nan'),
+        (dict(momentum='a'), ValueError, "momentum must be .* got 'a'"),
+        *[
+            (dict(normalizers=names), ValueError, re.escape(f"('in', 'ln', 'bn'), in this order, got {names!r}"))
+            for names in [('in', 'in', 'in'), ('in', 'xx', 'bn'), ('bn', 'in', 'ln'), ['in', 'ln', 'bn'], (), 'in']
+        ],
     ],
 )
 def test_wrong_input_says_what_and_how_to_mend_it(change, error, message):
     args = dict(x=torch.zeros(2, 6), mean_weight=torch.ones(3), var_weight=torch.ones(3))
     args.update(weight=torch.ones(6), bias=torch.zeros(6))
+    switch_norm(**args)  # what is right before does not hide what is wrong after
     args.update(change)
     with pytest.raises(error, match=message):
         switch_norm(**args)

@@ -193,11 +193,32 @@ DIED = {  # what ended the process once, and what it has to print
         'with FakeTensorMode(allow_non_fake_inputs=True): print(type(layer(x)).__name__)',
         'FakeTensor',
     ),
+    **{
+        f'freed {name}': (f'layer = SwitchNorm(8); free({name}); layer(x)', r'has no memory: it was freed')
+        for name in ('x', 'layer.weight', 'layer.mean_weight', 'layer.bn.running_mean', 'layer.bn.num_batches_tracked')
+    },
+    'x freed before backward': (
+        'y = SwitchNorm(8)(x.requires_grad_()).sum(); free(x); y.backward()',
+        'x, of shape .* has no memory',
+    ),
+    'weight freed before backward': (
+        'layer = SwitchNorm(8); y = layer(x).sum(); free(layer.weight); y.backward()',
+        'weight, of shape .* has no memory',
+    ),
+    'x freed before a double backward': (
+        'y = SwitchNorm(8)(x.requires_grad_()).sum(); free(x); torch.autograd.grad(y, x, create_graph=True)',
+        'x, of shape .* has no memory',
+    ),
+    'a freed gradient': (
+        'y = SwitchNorm(8)(x.requires_grad_()); dy = torch.ones_like(y); free(dy); y.backward(dy)',
+        'the gradient of the output, of shape .* has no memory',
+    ),
 }
 PROCESS = """
 import json, sys, torch
 from torch import nn
 from sn_openmmlab import SwitchNorm
+def free(t): (t.untyped_storage() if hasattr(t, 'untyped_storage') else t.storage()).resize_(0)  # as FSDP does
 for case, code in json.loads(sys.argv[1]).items():
     print(f'-- {case}', flush=True)
     try:
