@@ -2,14 +2,18 @@
 
 import copy
 import os
+import re
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
+from mmengine.model import BaseModel, MMFullyShardedDataParallel
+from mmengine.runner import FlexibleRunner
 from processes import counting, free_port
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
@@ -19,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sn_openmmlab import SwitchNorm, SyncSN
 
 CPU = torch.device('cpu')
+ENGINES = Path(__file__).parents[1] / 'docs/engines.md'
 # each puts a unit of its own around every BatchNorm: the first since there is mixed precision
 WRAPPED = dict(
     mixed_precision=dict(
@@ -144,6 +149,51 @@ def test_engines_compute_the_same_at_the_same_price(two, engine, kind, checkpoin
 @pytest.mark.parametrize('engine', ['FSDP1', 'FSDP2'])
 def test_statistics_stay_float32_under_mixed_precision(two, engine):
     two(steps, engine, 'SN', True, False, 1)
+
+
+# -- mmengine's strategy ----------------------------------------------------------------------------------------------
+
+
+class Loss(BaseModel):
+    def __init__(self):
+        super().__init__()
+        self.net = network(SwitchNorm)
+
+    def forward(self, inputs, mode='tensor'):
+        return dict(loss=self.net(inputs).square().mean())
+
+
+def by_strategy(work_dir):
+    """Train two steps as docs/engines.md has it, and compare the statistics with those of a model alone."""
+    settings = {}
+    exec(re.search(r'```python\n(wrap = .*?)```', ENGINES.read_text(), re.S).group(1), settings)
+    settings['wrap']['min_num_params'] = 1
+    settings['strategy']['model_wrapper']['device_id'] = CPU
+    os.environ['LOCAL_RANK'] = str(dist.get_rank())  # as torchrun does
+    images = [dict(inputs=batch()[i] + i) for i in range(2)]
+    runner = FlexibleRunner(
+        Loss(),
+        work_dir=f'{work_dir}/{dist.get_rank()}',
+        strategy=settings['strategy'],
+        train_dataloader=torch.utils.data.DataLoader(images, 1),
+        train_cfg=dict(by_epoch=True, max_epochs=1),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.0)),
+        default_hooks=dict(checkpoint=None),
+        log_level='ERROR',
+    )
+    runner.train()
+    assert isinstance(runner.strategy.model, MMFullyShardedDataParallel)
+    alone = network(SwitchNorm)
+    for image in images:
+        alone(image['inputs'][None])
+    got = {k.split('net.')[-1]: v for k, v in buffers(runner.strategy.model).items()}
+    assert got.keys() == buffers(alone).keys()
+    for name, value in buffers(alone).items():
+        torch.testing.assert_close(got[name], value, msg=name)
+
+
+def test_mmengines_fsdp_strategy(two, tmp_path):
+    two(by_strategy, str(tmp_path))
 
 
 # -- torchrun over machines ------------------------------------------------------------------------------------------

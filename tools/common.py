@@ -106,8 +106,8 @@ def check_out(parser: argparse.ArgumentParser, dst: str, force: bool) -> None:
             parser.error(f'{dst!r} exists; --force replaces it')
         part_file(out).touch()
         part_file(out).unlink()
-    except OSError as error:
-        parser.error(f'{dst!r} cannot be written: {error.strerror}')
+    except (OSError, RuntimeError) as error:  # a link to itself is the latter before Python 3.13
+        parser.error(f'{dst!r} cannot be written: {getattr(error, "strerror", error)}')
 
 
 def part_file(path: Path, suffix: str = '') -> Path:

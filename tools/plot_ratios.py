@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from common import check_out, save
+from common import check_file, check_out, save
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -70,6 +70,8 @@ def read(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Run]
         parser.error(f'--layers {args.layers!r} is no regular expression: {error}')
     runs = []
     for source, label in zip(args.source, args.labels or [None] * len(args.source)):
+        if not Path(source).is_dir():
+            check_file(parser, 'source', source)
         try:
             run = read_ratios(source, label)
         except (OSError, ValueError) as error:

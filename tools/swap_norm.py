@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -52,12 +53,15 @@ def main(argv: list[str] | None = None) -> None:
         draft = Path(folder if args.dry_run else args.out.parent, f'.{args.out.stem[:50]}.{Path(folder).name}.py')
         try:
             draft.write_text(render_child(*child, draft.parent), encoding='utf-8')
-            check_child(cfg, swap, draft)
+            try:
+                check_child(cfg, swap, draft)
+            except AssertionError as error:
+                parser.error(f'{args.config}: {error}')
             if args.dry_run:
                 console.print(f'\n[dim]# {escape(str(args.out))}, not written (--dry-run)')
                 console.print(Text(render_child(*child, args.out.parent)))
             else:
-                os.replace(draft, args.out)
+                os.replace(draft, args.out.resolve())  # not the link, if it is one
                 console.print(f'\nwritten and read again: {escape(str(args.out))}')
         finally:
             draft.unlink(missing_ok=True)
@@ -103,13 +107,13 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Argument
         if not args.dry_run:
             part_file(args.out).touch()
             part_file(args.out).unlink()
-    except OSError as error:
-        parser.error(f'--out {args.out} cannot be written: {error.strerror}')
+    except (OSError, RuntimeError) as error:  # a link to itself is the latter before Python 3.13
+        parser.error(f'--out {args.out} cannot be written: {getattr(error, "strerror", error)}')
     return args, parser
 
 
 def explain(error: BaseException) -> str:
-    """Explain why a config cannot be read. An error of mmengine without a message is explained by the one before it."""
+    """Explain why a config cannot be read. One without a message is explained by the one before it, or its line."""
     if isinstance(error, RecursionError):
         return 'its _base_ leads back to itself'
     if isinstance(error, SystemExit):
@@ -117,7 +121,10 @@ def explain(error: BaseException) -> str:
     cause = error
     while not str(cause) and (cause.__cause__ or cause.__context__):
         cause = cause.__cause__ or cause.__context__
-    return f'{type(cause).__name__}: {cause}'
+    if str(cause):
+        return f'{type(cause).__name__}: {cause}'
+    lines = [frame for frame in traceback.extract_tb(cause.__traceback__) if frame.name == '<module>']
+    return f'{type(cause).__name__} in {Path(lines[-1].filename).name}: {lines[-1].line}'
 
 
 def show(console: Console, name: str, cfg: Config, swap: Swap) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoint.read import read_state_dict
+from ..checkpoint.read import find_oddity, read_state_dict
 from ..hooks.ratios import FILE, KINDS
 from ..norms import part_name
 from ..ops import NORMALIZERS, sparsestmax
@@ -113,16 +114,16 @@ def _compute_ratios(
     layer: str, logits: list[Tensor | None], radius: Tensor | None, has_bn: bool, known: np.ndarray | None
 ) -> np.ndarray:
     """Compute softmax of the logits, or sparsestmax for an SSN layer, which has a radius."""
+    if any(values is not None and (find_oddity(values) or not values.is_floating_point()) for values in logits):
+        raise ValueError(f'{layer}: its logits are no tensors that hold numbers one by one')
     vectors = [values for values in logits if values is not None and values.dim() == 1]
     if len(vectors) < len(logits) or any(len(values) != len(vectors[0]) for values in vectors):
         shapes = ' and '.join('none' if values is None else str(tuple(values.shape)) for values in logits)
         raise ValueError(f'{layer}: mean_weight and var_weight must be two vectors of one length, got {shapes}')
-    if not all(map(_is_plain, vectors)):
-        raise ValueError(f'{layer}: its logits are no tensors that hold their values one by one')
     if not all(values.isfinite().all() for values in vectors):
         raise ValueError(f'{layer}: its logits are no finite numbers, the training has diverged')
-    if radius is not None and not (_is_plain(radius) and radius.numel() == 1 and radius.isfinite()):
-        raise ValueError(f'{layer}: its radius must be one finite number, got {radius}')
+    if radius is not None and (find_oddity(radius) or radius.numel() != 1 or not 0 <= radius.double().item() <= 1):
+        raise ValueError(f'{layer}: its radius must be one number from 0 to 1, got {radius}')
     count, both = len(vectors[0]), torch.stack(vectors).float()
     ratios = (both.softmax(1) if radius is None else sparsestmax(both, radius)).tolist()
     if known is not None and (~np.isnan(known[0])).sum() == count:
@@ -149,9 +150,11 @@ def _fill_array(ratios: list[list[float]], places: np.ndarray | None = None) -> 
 def _read_result(path: Path) -> dict[str, np.ndarray]:
     try:
         layers = json.loads(path.read_text(encoding='utf-8'))['importance_ratios']
+        if not all(math.isfinite(ratio) for ratios in layers.values() for kind in ratios for ratio in kind):
+            raise ValueError('not finite')
         layers = {name: _fill_array(ratios) for name, ratios in layers.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError('no JSON with importance_ratios, by layer two triples or pairs') from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
+        raise ValueError('no JSON with importance_ratios, by layer two triples or pairs of numbers') from error
     if not layers:
         raise ValueError(NO_SN)
     return layers
@@ -182,14 +185,16 @@ def _read_log(path: Path) -> dict[int, dict[str, np.ndarray]]:
     for line in text[: text.rfind('\n') + 1].splitlines():  # without a line that is being written
         try:
             record = json.loads(line)
+            if type(record['step']) is not int:
+                raise TypeError
             ratios: dict[str, np.ndarray] = {}
-            records[record['step']] = ratios
-        except (ValueError, KeyError, TypeError) as error:
+            for tag, value in record.items():
+                found = TAG.fullmatch(tag)
+                if found:
+                    layer, kind, normalizer = found.groups()
+                    array = ratios.setdefault(layer, np.full((2, 3), np.nan))
+                    array[KINDS.index(kind), NORMALIZERS.index(normalizer)] = value
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f'{path} is no log of SNRatioHook ({line[:60]!r})') from error
-        for tag, value in record.items():
-            found = TAG.fullmatch(tag)
-            if found:
-                layer, kind, normalizer = found.groups()
-                array = ratios.setdefault(layer, np.full((2, 3), np.nan))
-                array[KINDS.index(kind), NORMALIZERS.index(normalizer)] = value
+        records[record['step']] = ratios
     return records

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..layers import SwitchNorm
 from ..layers.state_dict import AUTHORS_NAMES
 from . import names
-from .read import MapLocation, find_state_dict, read_checkpoint
+from .read import MapLocation, find_oddity, find_state_dict, read_checkpoint
 
 SCHEME = 'switchnorm://'
 TARGETS = ('mmdet', 'mmseg', 'mmpretrain')
@@ -212,9 +212,9 @@ def _refuse_foreign_names(modules: names.Modules) -> None:
 
 def _check_memory(state_dict: Mapping[str, Tensor]) -> None:
     for key, value in state_dict.items():
-        kind = 'meta' if value.is_meta else 'quantized' if value.is_quantized else str(value.layout)[len('torch.') :]
-        if kind != 'strided':
-            raise ValueError(f'{key} is a {kind} tensor; only those that hold their values one by one can be converted')
+        kind = find_oddity(value)
+        if kind:
+            raise ValueError(f'{key} is a {kind} tensor; only those that hold numbers one by one can be converted')
 
 
 def _refuse_pre_activation(modules: names.Modules) -> None:

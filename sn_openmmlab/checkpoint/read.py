@@ -36,8 +36,22 @@ from torch._weights_only_unpickler import _get_allowed_globals
 from ..ops.torch_versions import VERSION
 
 TRUST = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'  # torch's own switch: unpickle whatever a file holds
+# what values of a checkpoint can be computed with; float8, bits and the like cannot
+_NUMBERS = {
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128,
+}  # fmt: skip
 MapLocation = Optional[Union[str, torch.device, Dict[str, str]]]
 NO_DATA = 'a TorchScript archive, or one of torch 0.1, which cannot be read as data'
+
+
+def find_oddity(tensor: Tensor) -> str | None:
+    """Find what a tensor is, if it does not hold numbers one by one: ``'sparse_coo'``, ``'meta'``, ...; else None."""
+    kinds = dict(nested=tensor.is_nested, meta=tensor.is_meta, quantized=tensor.is_quantized)
+    kind = next((kind for kind, found in kinds.items() if found), str(tensor.layout)[len('torch.') :])
+    if kind != 'strided':
+        return kind
+    return None if tensor.dtype in _NUMBERS else str(tensor.dtype)[len('torch.') :]
 
 
 def read_state_dict(path: str, map_location: MapLocation = None) -> dict[str, Tensor]:

@@ -62,12 +62,19 @@ def render_child(cfg: Config, swap: Swap, source: str, to: str, parts: tuple[str
 
 
 def check_child(cfg: Config, swap: Swap, path: Path) -> None:
-    """Read the new config, and compare it with the swapped one."""
-    read, expected = to_plain(Config.fromfile(path)), to_plain(swap.config)
+    """Read the new config, and compare it with the swapped one.
+
+    Raises:
+        AssertionError: If they differ.
+    """
+    try:
+        read, expected = to_plain(Config.fromfile(path)), to_plain(swap.config)
+    except Exception as error:
+        raise AssertionError(f'the new config cannot be read back: {type(error).__name__}: {error}') from error
     wrong = [key for key in ('model', 'custom_imports') if read.get(key) != expected.get(key)]
     wrong += [key for key in expected if 'norm' not in key and key not in wrong and read.get(key) != expected[key]]
     if wrong:
-        raise AssertionError(f'{path} reads back as another config in {", ".join(wrong)}; this is a bug of this tool')
+        raise AssertionError(f'the new config would read back as another one in {", ".join(wrong)}')
 
 
 def name_parts(parts: tuple[str, ...]) -> str:
@@ -131,12 +138,16 @@ def to_code(value: object) -> str:
 def to_plain(value: Any) -> Any:
     """Copy ``value`` as plain dicts that can be compared, without the scopes that mmengine adds while it reads."""
     if isinstance(value, (dict, Config)):
-        return {key: to_plain(value[key]) for key in value if key != '_scope_'}
+        return {to_plain(key): to_plain(value[key]) for key in value if key != '_scope_'}
     if isinstance(value, (list, tuple)):
         return type(value)(map(to_plain, value))
     if isinstance(value, float) and math.isnan(value):
         return Code("float('nan')")  # NaN is not equal to itself
-    return value
+    if value is None or isinstance(value, (str, bytes, int, float, complex, type, set, frozenset)):
+        return value
+    # arrays, functions and the like, which a config that is read again holds anew: what they look like
+    name = f'{value.__module__}.{value.__qualname__}' if callable(value) and hasattr(value, '__qualname__') else ''
+    return Code(name or f'{type(value).__module__}.{re.sub(" at 0x[0-9a-f]+", "", repr(value))}')
 
 
 def find_differences(old: Any, new: Any, place: str = '') -> Iterator[tuple[str, Any, Any]]:

@@ -105,10 +105,33 @@ def test_existing_files_are_kept(tool, capsys):
     assert mine.read_text().startswith('run,part')
 
 
+ODD = dict(
+    meta=lambda t: t.to('meta'),
+    complex=lambda t: t + 1j,
+    bool=lambda t: t > 0,
+    nested=lambda t: torch.nested.nested_tensor([t, t]),
+    **({'float8': lambda t: t.to(torch.float8_e4m3fn)} if hasattr(torch, 'float8_e4m3fn') else {}),
+)
+TAG = 'sn_stage/0/mean_in'
+BAD_JSON = [
+    '[' * 100_000,
+    '{"importance_ratios": {"0": [[1e400, 0, 0], [1, 0, 0]]}}',
+    '{"importance_ratios": {"0": [[1, 0, 0], [NaN, 0, 0]]}}',
+    '{"importance_ratios": {"0": [["a", 0, 0], [1, 0, 0]]}}',
+]
+BAD_LOG = [
+    *[f'{{"step": {step}, "{TAG}": 1}}' for step in ('"a"', 'null', '2.5', 'true')],
+    f'{{"step": 1, "{TAG}": "a"}}',
+    '[' * 100_000,
+    '3',
+]
+
+
 @pytest.mark.parametrize(
     'argv, message',
     [
-        (['none.pth'], r'none\.pth: .*No such file'),
+        (['none.pth'], r"source 'none\.pth' is no file"),
+        (['devices/ratios.csv'], r"source 'devices/ratios\.csv' is no file"),
         (['noise.pth'], r'noise\.pth: it is no file that torch\.save wrote'),
         (['bn.pth'], r"bn\.pth: it has no SN layer \(norm_cfg=dict\(type='SN'\)"),
         (['two.pth'], r'two\.pth: 0: 2 logits with batch statistics do not tell.*SNRatioHook'),
@@ -133,9 +156,12 @@ def test_existing_files_are_kept(tool, capsys):
         (['trained', '--out', 'a\nb', '--format', 'csv'], r"--out 'a\\nb' cannot be printed"),
         (['escape.pth'], r"escape\.pth: it has the name 'a\\x1b\[2J\.mean_weight', which cannot be printed"),
         (['escape.json'], r"escape\.json: it has the name 'a\\x1b\[2J', which cannot be printed"),
-        (['radius.pth'], r'radius\.pth: 0: its radius must be one finite number, got tensor'),
-        (['infinite.pth'], r'infinite\.pth: 0: its radius must be one finite number, got nan'),
-        (['meta.pth'], r'meta\.pth: 0: its logits are no tensors that hold their values one by one'),
+        (['radius.pth'], r'radius\.pth: 0: its radius must be one number from 0 to 1, got tensor'),
+        (['infinite.pth'], r'infinite\.pth: 0: its radius must be one number from 0 to 1, got nan'),
+        (['large.pth'], r'large\.pth: 0: its radius must be one number from 0 to 1, got 5'),
+        *[([f'{name}.pth'], f'{name}.pth: 0: its logits are no tensors that hold numbers one by one') for name in ODD],
+        *[([f'bad{i}.json'], 'no JSON with importance_ratios, by layer two triples') for i in range(len(BAD_JSON))],
+        *[([f'log{i}'], r'importance_ratios\.json is no log of SNRatioHook') for i in range(len(BAD_LOG))],
     ],
 )
 def test_wrong_input_ends_before_any_work(tool, capsys, argv, message):
@@ -148,7 +174,14 @@ def test_wrong_input_ends_before_any_work(tool, capsys, argv, message):
     logits = {f'0.{kind}_weight': torch.ones(3) for kind in ('mean', 'var')}
     torch.save({**logits, '0.radius': torch.ones(2)}, 'radius.pth')
     torch.save({**logits, '0.radius': torch.tensor(torch.nan)}, 'infinite.pth')
-    torch.save({key: value.to('meta') for key, value in logits.items()}, 'meta.pth')
+    torch.save({**logits, '0.radius': torch.tensor(5.0)}, 'large.pth')
+    for name, make in ODD.items():
+        torch.save({key: make(value) for key, value in logits.items()}, f'{name}.pth')
+    for i, text in enumerate(BAD_JSON):
+        Path(f'bad{i}.json').write_text(text)
+    for i, text in enumerate(BAD_LOG):
+        Path(f'log{i}/20260101_000000/vis_data').mkdir(parents=True)
+        Path(f'log{i}/20260101_000000/vis_data/importance_ratios.json').write_text(text + '\n')
     torch.save({key.replace('0', 'a\x1b[2J'): value for key, value in logits.items()}, 'escape.pth')
     Path('escape.json').write_text(json.dumps(dict(importance_ratios={'a\x1b[2J': [[1, 0, 0], [1, 0, 0]]})))
     Path('devices').mkdir()

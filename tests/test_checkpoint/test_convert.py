@@ -520,6 +520,20 @@ BAD = {
         lambda good, path: torch.save(dict(good, w=torch.quantize_per_tensor(torch.ones(2), 1, 0, torch.qint8)), path),
         r'(w is a quantized tensor|would run torch\._utils\._rebuild_qtensor)',  # by what this torch reads as data
     ),
+    'nested': (
+        lambda good, path: torch.save(dict(good, w=torch.nested.nested_tensor([torch.ones(2)])), path),
+        r'(w is a nested tensor|would run torch\._utils\._rebuild_nested_tensor)',
+    ),
+    **(
+        {
+            'float8': (
+                lambda good, path: torch.save(dict(good, w=torch.ones(2).to(torch.float8_e4m3fn)), path),
+                '(w is a float8_e4m3fn tensor|would run)',
+            )
+        }
+        if hasattr(torch, 'float8_e4m3fn')
+        else {}
+    ),
     'control codes': (lambda good, path: torch.save({**good, 'w\x1b[2J': torch.ones(2)}, path), r"name 'w\\x1b\[2J'"),
     'odd size': (lambda good, path: torch.save({**good, 'sn1.bias': torch.ones(2)}, path), r'sn1\.bias has 2'),
 }
@@ -557,6 +571,7 @@ class TestRefused:
             (['good.pth', 'pipe', '--force'], "'pipe' is a device or a pipe, which a file would replace"),
             (['good.pth', 'link to pipe', '--force'], "'link to pipe' is a device or a pipe"),
             (['good.pth', f'{"x" * 260}.pth'], 'cannot be written: File name too long'),
+            (['good.pth', 'loop', '--force'], "'loop' cannot be written: (Symlink loop|Too many levels)"),
             (['good.pth', 'new.pth', '--prefix', 'model.'], "prefix='model.' is for BatchNorm checkpoints"),
             (['good.pth', 'good.pth', 'new.pth'], 'good.pth has keys of the file before it'),
             (['good.pth', 'new.pth', '--from', 'bn'], 'by its keys .* is a switchnorm checkpoint, not a bn one'),
@@ -584,12 +599,13 @@ class TestRefused:
         save(bn, tmp_path / 'bn.pth')
         save({key: value for key, value in bn.items() if key != '0.running_var'}, tmp_path / 'no var.pth')
         save(dict(bn, **{'0.running_var': torch.ones(3)}), tmp_path / 'odd var.pth')
-        before = {path: path.stat() for path in tmp_path.rglob('*')}
+        (tmp_path / 'loop').symlink_to('loop')
+        before = {path: path.lstat() for path in tmp_path.rglob('*')}
         with pytest.raises(SystemExit) as ended:
             command(*argv)
         assert ended.value.code == 2
         assert re.search(message, ' '.join(capsys.readouterr().err.split()))
-        after = {path: path.stat() for path in tmp_path.rglob('*')}
+        after = {path: path.lstat() for path in tmp_path.rglob('*')}
         assert {p: (s.st_mtime_ns, s.st_size) for p, s in before.items()} == {
             p: (s.st_mtime_ns, s.st_size) for p, s in after.items()
         }

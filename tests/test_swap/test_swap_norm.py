@@ -66,6 +66,10 @@ def test_a_reason_that_says_nothing_is_told_by_its_line(tool, capsys):
         (['circle.py'], 'circle.py cannot be read: its _base_ leads back to itself'),
         (['ends.py'], 'ends.py cannot be read: it ends Python'),
         (['raises.py'], 'raises.py cannot be read: ZeroDivisionError'),
+        (['numbers.py'], r'numbers\.py cannot be read: RuntimeError in numbers\.py: z = np\.ones\(3\)'),
+        (['asserts.py'], r'asserts\.py cannot be read: AssertionError in asserts\.py: assert False'),
+        (['inherits.py'], r'inherits\.py cannot be read: AssertionError in asserts\.py: assert False'),
+        ([FCOS, '--out', 'loop.py'], r'loop\.py cannot be written: (Symlink loop|Too many levels)'),
         (['new\nline.py'], r"'new\\nline\.py' cannot be written into a config"),
         ([FCOS, '--out', 'new\nline.py'], r"'new\\nline\.py' cannot be written into a config"),
         ([FCOS, '--out', f'{"x" * 260}.py'], 'cannot be written: File name too long'),
@@ -80,6 +84,10 @@ def test_wrong_input_ends_before_anything_is_written(tool, capsys, argv, message
     Path('circle.py').write_text("_base_ = 'circle.py'")
     Path('ends.py').write_text('import sys\nsys.exit(0)')
     Path('raises.py').write_text('1 / 0')
+    Path('numbers.py').write_text('import numpy as np\nz = np.ones(3)')
+    Path('asserts.py').write_text('assert False')
+    Path('inherits.py').write_text("_base_ = 'asserts.py'")
+    Path('loop.py').symlink_to('loop.py')
     Path('new\nline.py').write_text('a = 1')
     before = sorted(Path.cwd().rglob('*'))
     with pytest.raises(SystemExit) as ended:
