@@ -66,7 +66,7 @@ SPEAKS_OF_SEGMENTORS = re.compile(r'\b(pretrained|decode_head|auxiliary_head)\b'
 
 # top-level names of configs: what Config reads, what Runner takes, and what it looks for besides
 READ = re.findall(r"cfg\.get\('(\w+)'", inspect.getsource(Runner))
-KEYS = {'_base_', 'custom_imports', *inspect.signature(Runner).parameters, *READ}
+KEYS = {'_base_', 'custom_imports', 'strategy', *inspect.signature(Runner).parameters, *READ}
 
 # files that pages speak of, or of whose folder they do
 FILES = {

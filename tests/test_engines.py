@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
-from mmengine.model import BaseModel, MMFullyShardedDataParallel
+from mmengine.model import BaseModel
 from mmengine.runner import FlexibleRunner
-from processes import counting, free_port
+from processes import Processes, counting, free_port
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy, always_wrap_policy, size_based_auto_wrap_policy
@@ -163,37 +163,68 @@ class Loss(BaseModel):
         return dict(loss=self.net(inputs).square().mean())
 
 
-def by_strategy(work_dir):
-    """Train two steps as docs/engines.md has it, and compare the statistics with those of a model alone."""
-    settings = {}
-    exec(re.search(r'```python\n(wrap = .*?)```', ENGINES.read_text(), re.S).group(1), settings)
-    settings['wrap']['min_num_params'] = 1
-    settings['strategy']['model_wrapper']['device_id'] = CPU
-    os.environ['LOCAL_RANK'] = str(dist.get_rank())  # as torchrun does
+def train(work_dir, name, changes, **settings):
+    """Train two steps by a strategy of docs/engines.md; the model, and the images that each process took."""
+    os.environ.update(RANK=str(dist.get_rank()), LOCAL_RANK=str(dist.get_rank()), WORLD_SIZE='2')  # as torchrun does
+    documented = {}
+    exec(re.search(rf'```python\n([^`]*{name}[^`]*)```', ENGINES.read_text()).group(1), documented)
+    strategy = documented['strategy']
+    changes(strategy)
     images = [dict(inputs=batch()[i] + i) for i in range(2)]
     runner = FlexibleRunner(
         Loss(),
         work_dir=f'{work_dir}/{dist.get_rank()}',
-        strategy=settings['strategy'],
+        strategy=strategy,
         train_dataloader=torch.utils.data.DataLoader(images, 1),
         train_cfg=dict(by_epoch=True, max_epochs=1),
-        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.0)),
+        optim_wrapper=dict(documented.get('optim_wrapper', {}), optimizer=dict(type='Adam', lr=0.0)),
         default_hooks=dict(checkpoint=None),
         log_level='ERROR',
     )
     runner.train()
-    assert isinstance(runner.strategy.model, MMFullyShardedDataParallel)
-    alone = network(SwitchNorm)
+    return runner.strategy.model, images
+
+
+def by_fsdp(work_dir):
+    def changes(strategy):
+        strategy['model_wrapper']['device_id'] = CPU
+        strategy['model_wrapper']['auto_wrap_policy']['min_num_params'] = 1
+
+    model, images = train(work_dir, 'FSDPStrategy', changes)
+    assert type(model).__name__ == 'MMFullyShardedDataParallel'
+    compare(model, images, torch.float32)
+
+
+def by_deepspeed(work_dir, stage):
+    os.environ['DS_ACCELERATOR'] = 'cpu'
+    model, images = train(work_dir, 'DeepSpeedStrategy', lambda s: s['zero_optimization'].update(stage=stage))
+    assert type(model).__name__ == 'MMDeepSpeedEngineWrapper'
+    compare(model, images, torch.bfloat16)
+
+
+def compare(model, images, dtype):
+    """Statistics with those of a model that took the same images alone."""
+    alone = network(SwitchNorm).to(dtype)
     for image in images:
-        alone(image['inputs'][None])
-    got = {k.split('net.')[-1]: v for k, v in buffers(runner.strategy.model).items()}
-    assert got.keys() == buffers(alone).keys()
-    for name, value in buffers(alone).items():
+        alone(image['inputs'][None].to(dtype))
+    got, expected = {k.split('net.')[-1]: v for k, v in buffers(model).items()}, buffers(alone)
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
         torch.testing.assert_close(got[name], value, msg=name)
 
 
 def test_mmengines_fsdp_strategy(two, tmp_path):
-    two(by_strategy, str(tmp_path))
+    two(by_fsdp, str(tmp_path))
+
+
+@pytest.mark.parametrize('stage', [1, 2, 3])
+def test_mmengines_deepspeed_strategy(tmp_path, stage):
+    pytest.importorskip('deepspeed', reason='deepspeed 0.16.9 is optional, see docs/engines.md')
+    processes = Processes(2)  # of its own, since mmengine makes one such strategy a process
+    try:
+        processes(by_deepspeed, str(tmp_path), stage)
+    finally:
+        processes.stop()
 
 
 # -- torchrun over machines ------------------------------------------------------------------------------------------

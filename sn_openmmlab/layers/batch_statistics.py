@@ -8,20 +8,24 @@ never called.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 
 class BatchNorm2d(nn.BatchNorm2d):
     """A BatchNorm that holds an SN layer's batch statistics, and no parameters of its own.
 
     Its ``weight`` and ``bias`` stand for the layer's. Code that loops over the BatchNorms of a model can fill them,
-    replace them or freeze them, and the layer's change. Freezing the weight also freezes the logits of the importance
-    ratios. Both share memory with the layer's but are no parameters, so that no optimizer gets these twice.
+    replace them, freeze them or put them into a loss, and the layer's change. Freezing the weight also freezes the
+    logits of the importance ratios. Both are views of the layer's and no parameters, so that no optimizer and no
+    checkpoint gets these twice.
     """
 
     def belong_to(self, layer: nn.Module) -> None:
@@ -41,10 +45,18 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter; a weight or bias becomes the layer's."""
-        if param is not None and name in ('weight', 'bias'):
+        if name in ('weight', 'bias') and (param is not None or '_layer' in self.__dict__):
             setattr(self._owner(), name, param)
         else:
             super().register_parameter(name, param)
+
+    def reset_parameters(self) -> None:
+        """Reset the statistics, and the layer's weight to 1 and bias to 0."""
+        super().reset_parameters()
+        if '_layer' in self.__dict__:
+            for shared, value in (self.weight, 1), (self.bias, 0):
+                if shared is not None:
+                    nn.init.constant_(shared, value)
 
     def requires_grad_(self, requires_grad: bool = True) -> BatchNorm2d:
         """Freeze the layer's parameters, or let them learn."""
@@ -65,11 +77,30 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class _Shared(Tensor):
-    """The memory of a parameter. Setting ``requires_grad`` sets it for this parameter and others."""
+    """A view of a parameter, whose data, gradient and ``requires_grad`` are this parameter's.
+
+    ``requires_grad`` is set for other parameters too.
+    """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch's Parameter
 
     _parameters: tuple[nn.Parameter, ...]
+
+    @property
+    def data(self) -> Tensor:
+        return self._parameters[0].data
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self._parameters[0].data = value
+
+    @property
+    def grad(self) -> Tensor | None:
+        return self._parameters[0].grad
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        self._parameters[0].grad = value
 
     @property
     def requires_grad(self) -> bool:
@@ -84,25 +115,59 @@ class _Shared(Tensor):
         self.requires_grad = requires_grad
         return self
 
+    def __deepcopy__(self, memo: dict) -> nn.Parameter:
+        return copy.deepcopy(self._parameters[0], memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._parameters[0].__reduce_ex__(protocol)
+
 
 def _share(parameter: nn.Parameter | None, *others: nn.Parameter) -> Tensor | None:
     if type(parameter) is not nn.Parameter:  # None; or a DTensor, whose memory cannot be shared
         return parameter
-    shared = Tensor._make_subclass(_Shared, parameter.detach())
+    with torch.enable_grad():
+        shared = parameter.view_as(parameter).as_subclass(_Shared)
     shared._parameters = parameter, *others
     return shared
 
 
+def adopt(layer: nn.Module, bn: Any) -> Any:
+    """Make what is put in the place of a layer's child belong to the layer.
+
+    An ordinary BatchNorm, as of ``timm.utils.unfreeze`` or of who reverts SyncBatchNorms, becomes a
+    :class:`BatchNorm2d` with its statistics and settings: parameters of its own would learn nothing. Of other classes
+    only the statistics are read.
+
+    Raises:
+        RuntimeError: If it has none, or is an InstanceNorm.
+    """
+    if isinstance(bn, _BatchNorm) and type(bn).forward is _BatchNorm.forward and not bn._modules:
+        if not isinstance(bn, BatchNorm2d):
+            own = BatchNorm2d.__new__(BatchNorm2d)
+            own.__dict__.update(bn.__dict__, affine=False, _parameters=dict(weight=None, bias=None))
+            bn = own
+        bn.belong_to(layer)
+    elif bn is not None:
+        if isinstance(bn, _InstanceNorm):
+            _refuse(bn)
+        find_holder(bn)
+    return bn
+
+
 def find_holder(bn: nn.Module) -> Any:
     """Find the module with the running statistics: ``bn`` itself, or the one that a wrapper such as FSDP's holds."""
-    if 'running_mean' in bn._buffers:
-        return bn
-    for module in bn.modules():
-        if 'running_mean' in module._buffers:
-            return module
+    module: Any = bn
+    while 'running_mean' not in module._buffers:
+        if len(module._modules) != 1:  # what does more than to wrap is none of its kind
+            _refuse(bn)
+        (module,) = module._modules.values()
+    return module
+
+
+def _refuse(bn: nn.Module) -> NoReturn:
     raise RuntimeError(
-        f"{type(bn).__name__} has taken the place of an SN layer's bn, and holds no running statistics. To change norm "
-        'layers, replace the SwitchNorm as a whole, and leave its child alone'
+        f"{type(bn).__name__} takes the place of an SN layer's bn, and is no BatchNorm. To change norm layers, replace "
+        'the SwitchNorm as a whole, and leave its child alone'
     )
 
 

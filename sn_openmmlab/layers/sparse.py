@@ -80,6 +80,7 @@ class SparseSwitchNorm(SwitchNorm):
 
     def _normalize(self, x: Tensor, bn: Any) -> Tensor:
         learns = torch.is_grad_enabled() and (self.mean_weight.requires_grad or self.var_weight.requires_grad)
+        learns = learns and not torch.jit.is_tracing()  # a graph of its own has nobody who waits
         alone = self._used[0] if len(self._used) == 1 and (self.affine or not learns) else None
         weight: Tensor | None = self.weight
         if alone and learns and weight is not None:

@@ -142,7 +142,6 @@ class SwitchNorm(nn.InstanceNorm2d):
         self.bn = None
         if 'bn' in normalizers:
             self.bn = batch_statistics.BatchNorm2d(num_features, eps, momentum, affine=False, **factory)
-            self.bn.belong_to(self)
         self.reset_parameters()
 
     @property
@@ -285,6 +284,14 @@ class SwitchNorm(nn.InstanceNorm2d):
         group = batch_statistics.get_group(bn) or dist.group.WORLD
         return group if dist.get_world_size(group) > 1 else None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; a child ``bn`` comes to belong to this layer."""
+        super().__setattr__(name, batch_statistics.adopt(self, value) if name == 'bn' else value)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Add a child; ``bn`` comes to belong to this layer."""
+        super().add_module(name, batch_statistics.adopt(self, module) if name == 'bn' else module)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy or a pickle, in which ``bn`` has lost its link to the layer."""
         super().__setstate__(state)
@@ -327,6 +334,9 @@ class SwitchNorm(nn.InstanceNorm2d):
         """Load this layer's own keys, BatchNorm's, or tensors of shape (1, C, 1, 1) under the authors' flat names."""
         if not any(key.startswith(prefix) for key in state_dict):
             refuse_authors_names(unexpected_keys)
+        if isinstance(self.bn, batch_statistics.BatchNorm2d):
+            for name in 'weight', 'bias':  # of a FrozenBatchNorm2d that took its place; they had no effect
+                state_dict.pop(f'{prefix}bn.{name}', None)
         logits = [prefix + name for name in ('mean_weight', 'var_weight')]
         anew = not any(name in state_dict for name in logits)  # the checkpoint is not SN's
         names = 'weight', 'bias', 'bn.running_mean', 'bn.running_var', 'bn.num_batches_tracked'

@@ -127,7 +127,7 @@ def _make(
 def refuse_freed(names: Sequence[str], tensors: Sequence[Tensor | None]) -> None:
     """Refuse ordinary tensors whose memory somebody has freed, as FSDP does: a kernel would read what is not there."""
     for name, t in zip(names, tensors):
-        if type(t) not in _PLAIN or t.device.type not in ('cpu', 'cuda') or t._is_zerotensor():
+        if t is None or type(t) not in _PLAIN or t.device.type not in ('cpu', 'cuda') or t._is_zerotensor():
             continue
         try:
             freed = t.data_ptr() == 0 < t.numel()
@@ -173,13 +173,16 @@ def check(arguments: tuple, momentum: float | None, normalizers: tuple[str, ...]
         raise ValueError(f'normalizers must be a tuple of some of {NORMALIZERS}, in this order, got {normalizers!r}')
     x, _, _, weight, bias, running_mean, running_var, num_batches_tracked = arguments
     if not x.is_floating_point():
-        raise TypeError(f'switch_norm got {x.dtype} input; convert it to a floating-point dtype, e.g. by x.float()')
+        how = 'x.dequantize(), or quantize by prepare_fx, which leaves SN alone' if x.is_quantized else 'x.float()'
+        raise TypeError(f'switch_norm got {x.dtype} input; convert it to a floating-point dtype, e.g. by {how}')
     if x.dim() < 2:
         raise ValueError(f'switch_norm expects input of shape (N, C, *), got {tuple(x.shape)}')
     if (weight is None) != (bias is None) or (running_mean is None) != (running_var is None):
         raise ValueError('switch_norm takes weight and bias together, and running_mean and running_var together')
     if momentum is None and running_mean is not None and num_batches_tracked is None:
         raise ValueError('switch_norm with momentum=None averages by num_batches_tracked; pass it, or a momentum')
+    if num_batches_tracked is not None and num_batches_tracked.is_meta and not x.is_meta:
+        raise ValueError(f'num_batches_tracked is on meta and the input on {x.device}; move one, e.g. by to_empty()')
     logits, channels, device = (len(normalizers),), (x.shape[1],), x.device
     shapes = logits, logits, channels, channels, channels, channels
     for name, tensor, shape in zip(ARGUMENTS[1:-1], arguments[1:-1], shapes):

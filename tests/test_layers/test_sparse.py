@@ -276,6 +276,16 @@ def test_checkpoints_of_ssn_and_batch_norm_load_strictly():
         nn.Sequential(SparseSwitchNorm(4)).load_state_dict({}, strict=True)
 
 
+@pytest.mark.parametrize('name', ['in', 'ln', 'bn'])
+def test_one_normalizer_is_traced_with_logits_that_learn(name):
+    """As the error of torch.jit.script advises; the check of the trace wants the same graph twice."""
+    layer = SparseSwitchNorm(4, init_ratios=[float(name == other) for other in ('in', 'ln', 'bn')])
+    layer.radius.fill_(1)
+    x = images().float()
+    traced = torch.jit.trace(layer.eval(), x)
+    assert torch.equal(traced(x + 1), layer(x + 1))
+
+
 @pytest.mark.parametrize('radius', [0.0, 0.5, 1.0])
 @pytest.mark.parametrize('training', [True, False])
 def test_logits_that_are_no_numbers_are_not_hidden(training, radius):

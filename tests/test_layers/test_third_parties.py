@@ -5,6 +5,8 @@ have to compute the same, in training and in evaluation, with the same running s
 """
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torch.optim.swa_utils import update_bn
 from sn_openmmlab import SparseSwitchNorm, SwitchNorm, SyncSN
 from sn_openmmlab.ops.torch_versions import VERSION
 
+DOCS = Path(__file__).parents[2] / 'docs/third_parties.md'
 CLOSE = dict(rtol=1e-9, atol=1e-9)
 
 
@@ -70,7 +73,7 @@ class FrozenBatchNorm2d(nn.Module):
 
     def __init__(self, num_features, eps=1e-5):
         super().__init__()
-        self.eps = eps
+        self.num_features, self.eps = num_features, eps
         for name, value in dict(weight=1, bias=0, running_mean=0, running_var=1).items():
             self.register_buffer(name, torch.full((num_features,), float(value)))
 
@@ -97,6 +100,18 @@ def timm_freeze(net):
     for p in net.parameters():
         p.requires_grad = False
     freeze_by_replacement(net)
+
+
+def timm_unfreeze(net):
+    """As ``timm.utils.freeze`` and then ``unfreeze``: a new BatchNorm in the place of each frozen one."""
+    timm_freeze(net)
+    net.requires_grad_(True)
+    for parent in [*net.modules()]:
+        for name, frozen in parent.named_children():
+            if isinstance(frozen, FrozenBatchNorm2d):
+                norm = nn.BatchNorm2d(frozen.num_features, frozen.eps).to(frozen.running_mean.dtype)
+                norm.load_state_dict(frozen.state_dict(), strict=False)
+                parent.add_module(name, norm)
 
 
 def to_each(action):
@@ -135,6 +150,14 @@ def freeze_and_let_learn(m):
 def fill(m):
     nn.init.constant_(m.weight, 0.5)
     nn.init.constant_(m.bias, 2)
+
+
+def set_data(m):
+    m.weight.data, m.bias.data = torch.full_like(m.weight, 0.5), torch.full_like(m.bias, 2)
+
+
+def from_vector(m):
+    nn.utils.vector_to_parameters(torch.full((2 * m.num_features,), 0.5, dtype=torch.float64), [m.weight, m.bias])
 
 
 def prune_by_size(m):
@@ -186,7 +209,11 @@ ACTIONS = dict(
     momentum_none=set_each(momentum=None),
     running_mean=to_each(lambda m: setattr(m, 'running_mean', m.running_mean + 1)),
     reset_running_stats=to_each(lambda m: m.reset_running_stats()),
+    timm_unfreeze=timm_unfreeze,
+    reset_parameters=to_each(lambda m: m.reset_parameters()),
     fill=to_each(fill),
+    set_data=to_each(set_data),
+    from_vector=to_each(from_vector),
     prune_by_size=to_each(prune_by_size),
     assign=to_each(assign),
     tent=to_each(forget),
@@ -216,9 +243,28 @@ def test_what_is_done_to_each_batch_norm(action, kind):
         assert (a is None) == (b is None)
         if a is not None:
             torch.testing.assert_close(b, a, **CLOSE)
-    if action not in ('nothing', 'freeze_and_let_learn'):  # the comparison sees it
+    if action not in ('nothing', 'freeze_and_let_learn', 'timm_unfreeze'):  # the comparison sees it
         differ = [a is None or b is None or not torch.equal(a, b) for a, b in zip(results[0], untouched)]
         assert len(results[0]) != len(untouched) or any(differ)
+
+
+@pytest.mark.parametrize('way', ['loss', 'gradient'])
+def test_penalties_of_each_batch_norms_weight(way):
+    """As network slimming has them: in the loss, or added to the gradient."""
+    grads = []
+    for kind in nn.BatchNorm2d, lambda c: SwitchNorm(c, init_ratios=(0, 0, 1)):
+        net = network(kind)
+        loss = net(batches()[0]).pow(2).sum()
+        if way == 'loss':
+            loss = loss + sum(m.weight.abs().sum() + m.bias.pow(2).sum() for m in batch_norms(net))
+        loss.backward()
+        if way == 'gradient':
+            for m in batch_norms(net):
+                m.weight.grad.add_(m.weight.data.sign())
+                m.bias.grad = m.bias.grad + 2 * m.bias.data
+        grads.append([p.grad for m in norms(net) for p in (m.weight, m.bias)])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(b, a, **CLOSE)
 
 
 @pytest.mark.parametrize('action', ['freeze', 'freeze_in_place', 'freeze_module'])
@@ -296,8 +342,8 @@ def detectron2_rule(net):
     return {id(p) for m in net.modules() if isinstance(m, types) for p in m.parameters(recurse=False)}
 
 
-def yolo_rule(net):
-    """As YOLOv5's ``smart_optimizer`` and Ultralytics' ``build_optimizer``: whatever torch.nn calls a Norm."""
+def ultralytics_rule(net):
+    """As ``build_optimizer``: whatever is in what torch.nn calls a Norm."""
     types = tuple(v for k, v in vars(nn).items() if 'Norm' in k)
     return {id(p) for m in net.modules() if isinstance(m, types) for p in m.parameters(recurse=False)}
 
@@ -314,7 +360,7 @@ def timm_rule(net):
 
 
 @pytest.mark.parametrize('kind', [nn.BatchNorm2d, SwitchNorm, SyncSN, SparseSwitchNorm], ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize('rule', [detectron2_rule, yolo_rule, torchvision_rule, timm_rule])
+@pytest.mark.parametrize('rule', [detectron2_rule, ultralytics_rule, torchvision_rule, timm_rule])
 def test_rules_that_spare_norms_weight_decay_spare_all_of_sn(rule, kind):
     net = network(kind)
     assert {id(p) for m in norms(net) for p in m.parameters()} <= rule(net)
@@ -322,7 +368,7 @@ def test_rules_that_spare_norms_weight_decay_spare_all_of_sn(rule, kind):
 
 
 def split_normalization_params(net):
-    """As torchvision's: whatever has children is no norm. docs/third_parties.md has the remedy."""
+    """As torchvision's: whatever has children is no norm."""
     norm_params, other_params = [], []
     types = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, nn.LocalResponseNorm)
     for m in net.modules():
@@ -331,6 +377,53 @@ def split_normalization_params(net):
     return norm_params, other_params
 
 
-def test_a_rule_for_leaves_misses_sn():
-    assert len(split_normalization_params(network(nn.BatchNorm2d))[0]) == 4
-    assert split_normalization_params(network(SwitchNorm))[0] == []
+def yolov5_rule(net):
+    """As ``smart_optimizer`` of YOLOv5 and v7: of a norm what is called weight, and every bias."""
+    spared, others = [], []
+    types = tuple(v for k, v in vars(nn).items() if 'Norm' in k)
+    for m in net.modules():
+        for name, p in m.named_parameters(recurse=False):
+            (spared if name == 'bias' or (name == 'weight' and isinstance(m, types)) else others).append(p)
+    return spared, others
+
+
+def yolox_rule(net):
+    """As ``get_optimizer`` of YOLOX: the weight of BatchNorms and of what is called bn, other weights, and biases."""
+    spared, others = [], []
+    for name, m in net.named_modules():
+        if isinstance(getattr(m, 'bias', None), nn.Parameter):
+            spared.append(m.bias)
+        if isinstance(m, nn.BatchNorm2d) or 'bn' in name:
+            spared.append(m.weight)
+        elif isinstance(getattr(m, 'weight', None), nn.Parameter):
+            others.append(m.weight)
+    return spared, others
+
+
+@pytest.mark.parametrize('rule', [split_normalization_params, yolov5_rule, yolox_rule])
+def test_rules_that_miss_some_of_sn(rule):
+    """And the remedy of docs/third_parties.md: all of SN goes into the group without decay."""
+    net = network(nn.BatchNorm2d)
+    spared, others = rule(net)
+    assert {id(p) for m in norms(net) for p in m.parameters()} <= {*map(id, spared)}
+    assert {*map(id, spared + others)} == {*map(id, net.parameters())}
+    net = network(SwitchNorm)
+    spared, others = rule(net)
+    of_sn = [p for m in norms(net) for p in m.parameters()]
+    assert not {*map(id, of_sn)} <= {*map(id, spared)}
+    code = re.search(
+        r'norm_params, other_params = .*?\n(norm_params = .*?\n)optimizer = ', DOCS.read_text(), re.S
+    ).group(1)
+    scope = dict(model=net, norm_params=spared, other_params=others, SwitchNorm=SwitchNorm)
+    exec(code, scope)
+    spared, others = scope['norm_params'], scope['other_params']
+    assert {*map(id, of_sn)} <= {*map(id, spared)}
+    assert sorted(map(id, spared + others)) == sorted(map(id, net.parameters()))
+    torch.optim.SGD([dict(params=spared), dict(params=others)], lr=1.0)
+
+
+def test_an_optimizer_refuses_what_only_stands_for_a_parameter():
+    """As YOLOX's rule gives it the weights of all BatchNorms: it would move nothing."""
+    net = network(SwitchNorm)
+    with pytest.raises(ValueError, match='non-leaf'):
+        torch.optim.SGD([m.weight for m in batch_norms(net)], lr=1.0)

@@ -232,6 +232,20 @@ def test_the_output_feeds_views_and_in_place_relu(backend):
             ValueError,
             'num_batches_tracked',
         ),
+        (
+            dict(x=torch.quantize_per_tensor(torch.zeros(2, 6), 1.0, 0, torch.quint8)),
+            TypeError,
+            r'torch\.quint8.*x\.dequantize\(\)',
+        ),
+        (
+            dict(
+                running_mean=torch.zeros(6),
+                running_var=torch.ones(6),
+                num_batches_tracked=torch.tensor(0, device='meta'),
+            ),
+            ValueError,
+            'num_batches_tracked is on meta',
+        ),
         (dict(eps='a'), ValueError, "eps must be .* got 'a'"),
         (dict(eps=float('nan')), ValueError, 'eps must be .* got nan'),
         (dict(momentum='a'), ValueError, "momentum must be .* got 'a'"),
