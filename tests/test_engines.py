@@ -163,7 +163,7 @@ class Loss(BaseModel):
         return dict(loss=self.net(inputs).square().mean())
 
 
-def train(work_dir, name, changes, **settings):
+def train(work_dir, name, changes, wrapper='OptimWrapper'):
     """Train two steps by a strategy of docs/engines.md; the model, and the images that each process took."""
     os.environ.update(RANK=str(dist.get_rank()), LOCAL_RANK=str(dist.get_rank()), WORLD_SIZE='2')  # as torchrun does
     documented = {}
@@ -177,7 +177,7 @@ def train(work_dir, name, changes, **settings):
         strategy=strategy,
         train_dataloader=torch.utils.data.DataLoader(images, 1),
         train_cfg=dict(by_epoch=True, max_epochs=1),
-        optim_wrapper=dict(documented.get('optim_wrapper', {}), optimizer=dict(type='Adam', lr=0.0)),
+        optim_wrapper=dict(type=wrapper, optimizer=dict(type='Adam', lr=0.0)),
         default_hooks=dict(checkpoint=None),
         log_level='ERROR',
     )
@@ -197,7 +197,9 @@ def by_fsdp(work_dir):
 
 def by_deepspeed(work_dir, stage):
     os.environ['DS_ACCELERATOR'] = 'cpu'
-    model, images = train(work_dir, 'DeepSpeedStrategy', lambda s: s['zero_optimization'].update(stage=stage))
+    model, images = train(
+        work_dir, 'DeepSpeedStrategy', lambda s: s['zero_optimization'].update(stage=stage), 'DeepSpeedOptimWrapper'
+    )
     assert type(model).__name__ == 'MMDeepSpeedEngineWrapper'
     compare(model, images, torch.bfloat16)
 
