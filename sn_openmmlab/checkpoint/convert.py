@@ -93,6 +93,7 @@ def convert_checkpoint(
         ValueError: If an argument is wrong, the checkpoint is of another kind, or the target cannot compute what it
             holds.
     """
+    wrapped = {names.strip_wrappers(key): key for key in state_dict}
     state_dict = {names.strip_wrappers(key): value for key, value in state_dict.items()}
     _check_memory(state_dict)
     source = _find_source(state_dict, source)
@@ -114,7 +115,7 @@ def convert_checkpoint(
         _refuse_pre_activation(modules)
 
     if source == 'bn' and prefix is None:
-        _refuse_foreign_names(modules)
+        _refuse_foreign_names(modules, wrapped)
 
     result, report = {}, Report(source, skipped=outside)
     rules = RULES[source](modules, target)
@@ -197,16 +198,20 @@ def _find_target(modules: names.Modules, source: str, target: str | None) -> str
     return target or only or 'mmdet'
 
 
-def _refuse_foreign_names(modules: names.Modules) -> None:
+def _refuse_foreign_names(modules: names.Modules, wrapped: Mapping[str, str]) -> None:
     """Refuse a BatchNorm checkpoint with names that no model has. No rule would notice, as such names stay."""
-    prefixes = [names.find_foreign_prefix(module) for module, tensors in modules.items() if 'running_mean' in tensors]
-    if any(prefixes) and '' not in prefixes:
-        first = next(filter(None, prefixes))
+    norms = [module for module, tensors in modules.items() if 'running_mean' in tensors]
+    prefixes = names.find_foreign_prefixes(norms)
+    if prefixes:
+        first = prefixes[0]
+        norm = next(norm for norm in norms if norm.startswith(first))
+        of_torch: Any = re.match(names.OF_TORCH, wrapped[f'{norm}.running_mean'])  # which mmengine leaves
+        as_saved = of_torch[0] + first
         raise ValueError(
-            f'its names, such as {next(module for module in modules if module.startswith(first))}, have {first!r} in '
-            f'front, which no backbone or model of OpenMMLab has. Take it away with --prefix {first} (prefix={first!r} '
-            f"in Python), or leave it with --prefix ''; without conversion, init_cfg=dict(type='Pretrained', "
-            f'checkpoint=PATH, prefix={first[:-1]!r}) loads it'
+            f'its names, such as {norm}, have {" or ".join(map(repr, prefixes))} in front, which no backbone or model '
+            f'of OpenMMLab has. Take it away with {" or ".join(f"--prefix {prefix}" for prefix in prefixes)} '
+            f"(prefix={first!r} in Python), or leave it with --prefix ''; without conversion, "
+            f"init_cfg=dict(type='Pretrained', checkpoint=PATH, prefix={as_saved[:-1]!r}) loads it"
         )
 
 

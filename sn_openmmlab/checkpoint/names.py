@@ -6,6 +6,7 @@ A rule is a pair: a pattern for the whole name of a module, and the new name as 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Callable, Dict, List, Tuple, Union
 
 import torch
@@ -17,6 +18,24 @@ Rules = List[Tuple[str, Union[str, Callable[[re.Match], str]]]]
 SKIP = 'skip: '  # in place of a new name, followed by the reason why there is none
 DECODER = r'(?:cbr|cbr_deepsup|conv_last|conv_last_deepsup|ppm)(?:\..*)?'
 _CONV_OR_NORM = {'0': 'conv', '1': 'bn'}
+
+OF_TORCH = r'(?:module\.|_orig_mod\.)*'  # what torch's wrappers put in front
+
+# what other code around a model calls it; real models have an encoder, too, but not with all their norms in it
+WRAPPERS = {
+    'base_model', 'encoder', 'feature_extractor', 'model', 'module', 'net', 'network', '_forward_module',
+    '_fsdp_wrapped_module',
+}  # fmt: skip
+# and what training with copies of a model calls these
+COPIES = {
+    'base_encoder', 'ema', 'ema_model', 'encoder_k', 'encoder_q', 'key_encoder', 'model_ema', 'momentum_encoder',
+    'momentum_network', 'online_encoder', 'online_net', 'online_network', 'query_encoder', 'student', 'target_encoder',
+    'target_net', 'target_network', 'teacher',
+}  # fmt: skip
+# how the names of norms in OpenMMLab's models begin, with which those of ResNets and timm's models are at home
+_USUAL = (
+    r'(?:\w+_)?backbone\.|image_encoder\.|timm_model\.|bn1(?:\.|$)|layer1\.|features\.|stem\.|body\.|patch_embed\w*\.'
+)
 
 
 def rename(module: str, rules: Rules) -> str | None:
@@ -35,13 +54,29 @@ def has_decoder(modules: Modules) -> bool:
 
 def strip_wrappers(key: str) -> str:
     """Remove from a key what DistributedDataParallel and torch.compile put into it."""
-    return re.sub(r'^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.', '', key)
+    return re.sub(rf'^{OF_TORCH}|(?<=\.)_orig_mod\.', '', key)
 
 
-def find_foreign_prefix(module: str) -> str | None:
-    """What stands before the usual name of a backbone's norm; None if the name has no usual part."""
-    match = re.match(r'((?:\w+\.)*?)(?:backbone\.|bn1(?:\.|$)|layer1\.|features\.|stem\.)', module)
-    return match and match[1]
+def find_foreign_prefixes(norms: Iterable[str]) -> list[str]:
+    """Find what stands in front of the names of all norms and is in no model of OpenMMLab.
+
+    Each is the front of a whole model. There are several where a checkpoint holds copies of one: teacher, student.
+    """
+    norms = list(norms)
+    if any(re.match(_USUAL, norm) for norm in norms):
+        return []
+    firsts = list(dict.fromkeys(norm.partition('.')[0] for norm in norms if '.' in norm))
+    fronts = [f'{first}.' for first in firsts if first in COPIES]
+    if not fronts:
+        candidates = [f'{first}.' for first in firsts if first in WRAPPERS]
+        matches = (re.match(rf'((?:\w+\.)+?)(?:{_USUAL})', norm) for norm in norms)
+        candidates += dict.fromkeys(match[1] for match in matches if match)
+        fronts = [front for front in candidates if all(norm.startswith(front) for norm in norms)][:1]
+    found = []
+    for front in fronts:
+        inside = [norm[len(front) :] for norm in norms if norm.startswith(front)]
+        found += [front + deeper for deeper in find_foreign_prefixes(inside) or ['']]
+    return found
 
 
 def batch_norm(modules: Modules, target: str) -> Rules:

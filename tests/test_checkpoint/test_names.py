@@ -1,12 +1,16 @@
 """Names of modules in other code bases and in those of OpenMMLab."""
 
+import re
+from contextlib import nullcontext
+
 import pytest
 import torch
 from authors_models import FasterRCNNC4, ResNet
 from mmengine.runner import CheckpointLoader
 
 from sn_openmmlab.checkpoint import convert_checkpoint
-from test_checkpoint.cases import backbone, save
+from sn_openmmlab.ops.torch_versions import VERSION
+from test_checkpoint.cases import backbone, build, save
 
 pytestmark = pytest.mark.usefixtures('seed')
 
@@ -73,7 +77,7 @@ def test_names_that_no_model_has_are_no_success(resnet18, prefix, command, tmp_p
         command(path, tmp_path / 'new.pth')
     shown = prefix if prefix != 'model.backbone.' else 'model.'
     assert f'--prefix {shown}' in ' '.join(capsys.readouterr().err.split()) and not (tmp_path / 'new.pth').exists()
-    with pytest.raises(ValueError, match=f'have {shown!r} in front'):
+    with pytest.raises(ValueError, match=f"have {shown!r} in front.* prefix='module.{shown[:-1]}'"):
         CheckpointLoader.load_checkpoint(f'switchnorm://{path}')
     command(path, tmp_path / 'new.pth', '--prefix', prefix)
     assert f'skipped queue: not under {prefix}' in capsys.readouterr().out
@@ -90,6 +94,95 @@ def test_names_that_no_model_has_are_no_success(resnet18, prefix, command, tmp_p
     ours = backbone(depth=18, base_channels=8, init_cfg=init_cfg)
     ours.init_weights()
     assert torch.equal(ours.bn1.bn.running_mean, state['bn1.running_mean'])
+
+
+BRANCHES = {
+    f'stage{i}': dict(
+        num_modules=1,
+        num_branches=i,
+        block='BOTTLENECK' if i == 1 else 'BASIC',
+        num_blocks=(1,) * i,
+        num_channels=(8, 16, 32, 64)[:i],
+    )
+    for i in (1, 2, 3, 4)
+}
+LAYERS_OF = dict(in_channels=3, depth=18, num_stages=4, out_indices=(0, 1, 2, 3), strides=(1, 2, 2, 2))
+BACKBONES = {
+    'mmdet.CSPDarknet': {}, 'mmdet.CSPNeXt': {}, 'mmdet.Darknet': {}, 'mmdet.DetectoRS_ResNet': dict(depth=50),
+    'mmdet.DetectoRS_ResNeXt': dict(depth=50, groups=32), 'mmdet.EfficientNet': {}, 'mmdet.HourglassNet': {},
+    'mmdet.HRNet': dict(extra=BRANCHES), 'mmdet.MobileNetV2': {}, 'mmdet.RegNet': dict(arch='regnetx_400mf'),
+    'mmdet.Res2Net': dict(depth=50), 'mmdet.ResNeSt': dict(depth=50), 'mmdet.ResNet': dict(depth=18),
+    'mmdet.ResNetV1d': dict(depth=50), 'mmdet.ResNeXt': dict(depth=50),
+    'mmdet.TridentResNet': dict(depth=50, num_branch=3, test_branch_idx=1, trident_dilations=(1, 2, 3), num_stages=3,
+                                strides=(1, 2, 2), dilations=(1, 1, 1), out_indices=(2,)),
+    'mmseg.BiSeNetV1': dict(backbone_cfg=dict(type='ResNet', **LAYERS_OF)), 'mmseg.BiSeNetV2': {}, 'mmseg.CGNet': {},
+    'mmseg.DDRNet': {}, 'mmseg.ERFNet': {}, 'mmseg.FastSCNN': {}, 'mmseg.HRNet': dict(extra=BRANCHES),
+    'mmseg.ICNet': dict(backbone_cfg=dict(type='ResNetV1c', **LAYERS_OF)), 'mmseg.MobileNetV2': {},
+    'mmseg.MobileNetV3': {}, 'mmseg.MSCAN': {}, 'mmseg.PIDNet': {}, 'mmseg.ResNet': dict(depth=18),
+    'mmseg.ResNetV1c': dict(depth=50), 'mmseg.ResNeSt': dict(depth=50), 'mmseg.ResNeXt': dict(depth=50),
+    'mmseg.STDCNet': dict(
+        stdc_type='STDCNet1', in_channels=3, channels=(32, 64, 256, 512, 1024), bottleneck_type='cat', num_convs=4,
+        norm_cfg=dict(type='BN'), act_cfg=dict(type='ReLU')),
+    'mmseg.UNet': {},
+}  # fmt: skip
+FRONTS = [
+    'model.', 'net.', 'network.', 'encoder.', 'net.encoder.', 'student.', 'teacher.', 'encoder_q.', 'model.module.',
+    'ema.', 'online_network.', 'target_network.encoder.', '_forward_module.',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('kind', BACKBONES)
+def test_real_backbones_pass_bare_and_are_refused_behind_other_names(kind):
+    """By convert_checkpoint, whose advice leaves exactly the names of the backbone; also of one of several copies."""
+    values_count = kind in ('mmdet.EfficientNet', 'mmseg.MSCAN')  # which compute their rates of dropout by torch
+    with nullcontext() if values_count or VERSION < (2, 0) else torch.device('meta'):
+        net = build(dict(type=kind, **BACKBONES[kind]), kind.split('.')[0])
+    state = {key: torch.zeros(1) for key in net.state_dict() if key.endswith(('running_mean', 'weight'))}
+    expected = convert_checkpoint(state)[0].keys()
+    for usual in '', 'backbone.', 'module.', 'img_backbone.':
+        _, report = convert_checkpoint({usual + key: value for key, value in state.items()})
+        assert not report.skipped
+    copies = ['encoder_q.', 'encoder_k.'], ['student.backbone.', 'teacher.backbone.']
+    for fronts in [*([front] for front in FRONTS), *copies]:
+        foreign = {front + key: value for front in fronts for key, value in state.items()}
+        foreign['queue'] = torch.zeros(1)
+        with pytest.raises(ValueError) as error:
+            convert_checkpoint(foreign)
+        advised = re.findall(r'--prefix (\w\S*)', str(error.value))
+        assert advised == [front.replace('backbone.', '') for front in fronts]
+        for prefix in fronts:
+            assert convert_checkpoint(foreign, prefix=prefix)[0].keys() == expected
+
+
+ADVICE = {
+    'one model of many parts': (['a.layer2.tree1.bn1', 'a.layer3.bn1', 'level0.1'], []),
+    'timm dla34': (['base_layer.1', 'level0.1', 'level2.tree1.bn1', 'level5.tree1.tree1.bn1'], []),
+    'timm in mmseg': (['timm_model.bn1', 'timm_model.layer1.0.bn1'], []),
+    'MoCo in mmpretrain': (['backbone.bn1', 'neck.0.bn', 'encoder_k.module.0.bn1'], []),
+    'a sequence': (['encoder_q.0', 'encoder_q.1', 'encoder_q.4.0.bn1'], ['encoder_q.']),
+    'with a projector': (['online_net.bn1', 'target_net.bn1', 'projector.1'], ['online_net.', 'target_net.']),
+    'by numbers': (['model.0', 'model.1'], ['model.']),
+    'ends in norms': (['model.encoder.norm1', 'model.encoder.norm2'], ['model.encoder.']),
+    'a whole model': (['model.backbone.bn1', 'model.decode_head.convs.0.bn'], ['model.']),
+    'a head': (['model.decode_head.convs.0.bn'], ['model.']),
+    'CLIP': (['visual.bn1', 'visual.layer1.0.bn1', 'visual.layer2.0.bn1'], ['visual.']),
+    'after normalizing': (['1.bn1', '1.layer1.0.bn1'], ['1.']),
+    'encoder and decoder': (['encoder.0.bn1', 'decoder.0.bn1'], []),
+    'a norm': (['model'], []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('case', ADVICE)
+def test_what_is_advised_for_names(case):
+    """Never a prefix that leaves out part of a model."""
+    norms, prefixes = ADVICE[case]
+    state = {f'{norm}.running_mean': torch.zeros(1) for norm in norms}
+    if not prefixes:
+        assert set(convert_checkpoint(state)[1].mapped) == state.keys()
+        return
+    with pytest.raises(ValueError) as error:
+        convert_checkpoint(state)
+    assert re.findall(r'--prefix (\w\S*)', str(error.value)) == prefixes
 
 
 @pytest.mark.parametrize(
