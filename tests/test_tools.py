@@ -245,6 +245,7 @@ def test_an_address_that_cannot_be_converted_is_told_in_a_line(place, import_too
     [
         ('train', ['none.py'], r"config 'none\.py' is no file"),
         ('test', ['full/loop.py', 'det.py'], r'full/loop\.py inherits from itself'),
+        ('train', ['full/orphan.py'], r'full/orphan\.py cannot be read: .*gone\.py'),
         ('train', ['det.py', '--resume', 'none.pth'], r"checkpoint 'none\.pth' is no file"),
         ('train', ['det.py', '--resume', '--work-dir', 'full'], r"that full/last_checkpoint names, '' is no file"),
         ('train', ['det.py', '--auto-scale-lr'], r'--auto-scale-lr: det\.py .*base_batch_size'),
@@ -281,6 +282,7 @@ def test_wrong_input_ends_before_any_work(place, import_tool, monkeypatch, capsy
     Path('full').mkdir(exist_ok=True)
     Path('full/last_checkpoint').write_text('')  # as a full disk leaves it
     Path('full/loop.py').write_text("_base_ = './loop.py'")
+    Path('full/orphan.py').write_text("_base_ = './gone.py'")
     before = sorted(place.rglob('*'))
     with pytest.raises(SystemExit) as ended:
         import_tool(name).main(argv)

@@ -65,6 +65,8 @@ def load_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Co
         cfg = Config.fromfile(args.config)
     except RecursionError:
         parser.error(f'{args.config} inherits from itself; follow its _base_ to see where')
+    except FileNotFoundError as error:
+        parser.error(f'{args.config} cannot be read: {error}')
     cfg.merge_from_dict(args.cfg_options)
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs', Path(args.config).stem))
