@@ -1,5 +1,6 @@
 """What several test files need: places, commands, models away from their start, and what loggers say."""
 
+import io
 import logging
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import mmengine.config.utils
+import torch
 from mmengine.logging import MMLogger
 from processes import free_port
 from torch import nn
@@ -113,3 +115,12 @@ class Intruder:
 
     def __reduce__(self):
         return os.mkdir, ('intruded',)
+
+
+def can_be_saved(make) -> bool:
+    """Whether this torch has what ``make`` makes, and writes it to files, which older ones do of fewer."""
+    try:
+        torch.save(make(), io.BytesIO())
+    except Exception:
+        return False
+    return True

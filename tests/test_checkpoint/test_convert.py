@@ -24,7 +24,7 @@ from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModule
 from mmengine.runner import CheckpointLoader, Runner, load_checkpoint
-from support import CONFIGS, TOOLS, Intruder, Said
+from support import CONFIGS, TOOLS, Intruder, Said, can_be_saved
 from torch import nn
 
 from sn_openmmlab import SwitchNorm
@@ -520,20 +520,18 @@ BAD = {
         lambda good, path: torch.save(dict(good, w=torch.quantize_per_tensor(torch.ones(2), 1, 0, torch.qint8)), path),
         r'(w is a quantized tensor|would run torch\._utils\._rebuild_qtensor)',  # by what this torch reads as data
     ),
-    'nested': (
-        lambda good, path: torch.save(dict(good, w=torch.nested.nested_tensor([torch.ones(2)])), path),
-        r'(w is a nested tensor|would run torch\._utils\._rebuild_nested_tensor)',
-    ),
-    **(
-        {
-            'float8': (
-                lambda good, path: torch.save(dict(good, w=torch.ones(2).to(torch.float8_e4m3fn)), path),
-                '(w is a float8_e4m3fn tensor|would run)',
-            )
-        }
-        if hasattr(torch, 'float8_e4m3fn')
-        else {}
-    ),
+    **{
+        name: (lambda good, path, make=make: torch.save(dict(good, w=make()), path), message)
+        for name, make, message in [
+            (
+                'nested',
+                lambda: torch.nested.nested_tensor([torch.ones(2)]),
+                r'(w is a nested tensor|would run torch\._utils\._rebuild_nested_tensor)',
+            ),
+            ('float8', lambda: torch.ones(2).to(torch.float8_e4m3fn), '(w is a float8_e4m3fn tensor|would run)'),
+        ]
+        if can_be_saved(make)
+    },
     'control codes': (lambda good, path: torch.save({**good, 'w\x1b[2J': torch.ones(2)}, path), r"name 'w\\x1b\[2J'"),
     'odd size': (lambda good, path: torch.save({**good, 'sn1.bias': torch.ones(2)}, path), r'sn1\.bias has 2'),
 }
