@@ -15,7 +15,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..ops import NORMALIZERS, switch_norm
-from ..ops.plan import quiet_in_traces
+from ..ops.plan import check_eps, check_normalizers, quiet_in_traces
 from ..ops.sparsestmax import softmax_of_sparsestmax
 from ..ops.torch_versions import is_compiling
 from . import batch_statistics
@@ -116,15 +116,13 @@ class SwitchNorm(nn.InstanceNorm2d):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        normalizers = _check_normalizers(normalizers)
+        names: Any = (normalizers,) if isinstance(normalizers, str) else normalizers
+        normalizers = tuple(names) if isinstance(names, list) else names  # of a config; a set has no order
+        check_normalizers(normalizers)
         _check_ratios(normalizers, init_ratios)
-        if not (
-            isinstance(num_features, Integral) and num_features >= 1 and isinstance(eps, Real) and 0 <= eps < math.inf
-        ):
-            raise ValueError(
-                'num_features must be a whole number of at least 1, and eps a finite number of at least 0, got '
-                f'{num_features!r} and {eps!r}'
-            )
+        check_eps(eps)
+        if not (isinstance(num_features, Integral) and num_features >= 1):
+            raise ValueError(f'num_features must be a whole number of at least 1, got {num_features!r}')
         if momentum is not None and not (isinstance(momentum, Real) and 0 <= momentum <= 1):
             raise ValueError(
                 f'momentum must be None or between 0 and 1 (the weight of the new value), got {momentum!r}'
@@ -395,16 +393,6 @@ class SwitchNorm3d(SwitchNorm):
     """:class:`SwitchNorm` for (N, C, D, H, W) input only."""
 
     _num_dims = (5,)
-
-
-def _check_normalizers(normalizers: object) -> tuple[str, ...]:
-    names = (normalizers,) if isinstance(normalizers, str) else normalizers
-    names = tuple(names) if isinstance(names, (tuple, list)) else ()  # a set has no order
-    if not names or names != tuple(name for name in NORMALIZERS if name in names):
-        raise ValueError(
-            f'normalizers must be one or more of {NORMALIZERS}, each once and in this order, got {normalizers!r}'
-        )
-    return names
 
 
 def _check_ratios(normalizers: tuple[str, ...], ratios: object) -> None:

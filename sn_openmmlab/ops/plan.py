@@ -108,7 +108,9 @@ _describe = attrgetter('shape', 'dtype', 'device')
 def _make(
     arguments: tuple, normalizers: tuple[str, ...], eps: float, batch: bool, momentum: float | None, alone: bool
 ) -> Plan:
-    _check_numbers(eps, momentum)
+    check_eps(eps)
+    if momentum is not None and not isinstance(momentum, Real):
+        raise ValueError(f'momentum must be None or a number, got {momentum!r}')
     check(arguments, momentum, normalizers)
     x, setting = arguments[0], Setting(normalizers, eps, not batch)
     if x.device.type in ('meta', 'mps'):  # no values, no float64
@@ -159,18 +161,26 @@ def quiet_in_traces(check: Callable) -> Callable:
     return wrapper
 
 
-def _check_numbers(eps: float, momentum: float | None) -> None:
+def check_eps(eps: float) -> None:
+    """Refuse what is no number to add to a variance."""
     if not (isinstance(eps, Real) and 0 <= eps < math.inf):
         raise ValueError(f'eps must be a finite number of at least 0, got {eps!r}')
-    if momentum is not None and not isinstance(momentum, Real):
-        raise ValueError(f'momentum must be None or a number, got {momentum!r}')
+
+
+def check_normalizers(normalizers: tuple[str, ...]) -> None:
+    """Refuse all but some of the normalizers, in their order."""
+    given = isinstance(normalizers, tuple) and bool(normalizers)
+    if not given or normalizers != tuple([name for name in NORMALIZERS if name in normalizers]):
+        raise ValueError(
+            f'normalizers must be a tuple of one or more of {NORMALIZERS}, each once and in this order, '
+            f'got {normalizers!r}'
+        )
 
 
 @quiet_in_traces
 def check(arguments: tuple, momentum: float | None, normalizers: tuple[str, ...]) -> None:
     """Refuse normalizers that are none, and tensors that do not fit together."""
-    if not normalizers or normalizers != tuple([name for name in NORMALIZERS if name in normalizers]):
-        raise ValueError(f'normalizers must be a tuple of some of {NORMALIZERS}, in this order, got {normalizers!r}')
+    check_normalizers(normalizers)
     x, _, _, weight, bias, running_mean, running_var, num_batches_tracked = arguments
     if not x.is_floating_point():
         how = 'x.dequantize(), or quantize by prepare_fx, which leaves SN alone' if x.is_quantized else 'x.float()'

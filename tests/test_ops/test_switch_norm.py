@@ -250,7 +250,11 @@ def test_the_output_feeds_views_and_in_place_relu(backend):
         (dict(eps=float('nan')), ValueError, 'eps must be .* got nan'),
         (dict(momentum='a'), ValueError, "momentum must be .* got 'a'"),
         *[
-            (dict(normalizers=names), ValueError, re.escape(f"('in', 'ln', 'bn'), in this order, got {names!r}"))
+            (
+                dict(normalizers=names),
+                ValueError,
+                re.escape(f"('in', 'ln', 'bn'), each once and in this order, got {names!r}"),
+            )
             for names in [('in', 'in', 'in'), ('in', 'xx', 'bn'), ('bn', 'in', 'ln'), ['in', 'ln', 'bn'], (), 'in']
         ],
     ],
