@@ -28,7 +28,6 @@ METRICS = {'accuracy': 'accuracy, %'}
 IMAGES = 64
 EPOCHS = 10
 LR = 0.05  # at 64 images a step
-FORMAT = torch.channels_last
 SIZES = (64, 32, 16, 8, 4, 2)
 NORMS = {
     **{f'BN-b{size}': dict(type='BN', images=size) for size in SIZES},

@@ -15,7 +15,6 @@ A task is a module beside this one with
     IMAGES   so many images a step; by default 2
     NORMS    what is compared, by name; by default this module's
     LABELS   what README.md calls those that stand in its table; by default all, by their names
-    FORMAT   memory format in training; by default contiguous, as mmcv's RoIAlign takes any other for that
     TESTED   how many samples an accuracy is of
     config(norm, images, lr, epochs)   mmengine Config of a value of NORMS: model, data, evaluator, optimizer and
                                        schedule, by epochs
@@ -158,8 +157,7 @@ def run_cell(cell: Cell, work_dir: Path = WORK_DIR, results: Path = RESULTS) -> 
             state = found
     state['environments'].append(environment(torch.device('cuda' if torch.cuda.is_available() else 'cpu')))
     runner = Runner.from_cfg(cfg)
-    memory_format = getattr(load_task(cell.task), 'FORMAT', torch.contiguous_format)
-    runner.register_hook(Record(state, Path(cfg.work_dir), cell.seed, memory_format))
+    runner.register_hook(Record(state, Path(cfg.work_dir), cell.seed))
     try:
         runner.train()
         final = evaluate(runner, state['curve'][-1]['metrics'], cell.seed)
@@ -192,12 +190,11 @@ class Record(Hook):
     """Keeps the curve, and makes a resumed training the same as one straight through.
 
     mmengine does not save the state of the random number generators, so that they are seeded at the start of each
-    epoch. Where the task says so an epoch runs in channels last, which is a sixth sooner; tests and checkpoints do not,
-    as those of who takes the weights do not.
+    epoch.
     """
 
-    def __init__(self, state: dict, folder: Path, seed: int, memory_format: torch.memory_format) -> None:
-        self.state, self.folder, self.seed, self.memory_format = state, folder, seed, memory_format
+    def __init__(self, state: dict, folder: Path, seed: int) -> None:
+        self.state, self.folder, self.seed = state, folder, seed
 
     def before_train(self, runner) -> None:
         """Forget epochs that have no checkpoint, and make up for an evaluation that was cut off."""
@@ -210,7 +207,6 @@ class Record(Hook):
     def before_train_epoch(self, runner) -> None:
         """Seed."""
         set_random_seed(1000 * self.seed + runner.epoch)
-        runner.model.to(memory_format=self.memory_format)
         self.losses, self.start = [], time.perf_counter()
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
@@ -221,7 +217,6 @@ class Record(Hook):
 
     def after_train_epoch(self, runner) -> None:
         """Add a row, before the checkpoint is written."""
-        runner.model.to(memory_format=torch.contiguous_format)
         seconds, loss = time.perf_counter() - self.start, sum(self.losses) / len(self.losses)
         self.state['curve'].append(dict(epoch=runner.epoch + 1, loss=loss, seconds=seconds))
         self._save()
