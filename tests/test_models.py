@@ -5,6 +5,8 @@ from pathlib import Path
 import mmseg
 import pytest
 import torch
+from mmcv.cnn import build_norm_layer
+from mmcv.ops import roi_align
 from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
@@ -176,3 +178,14 @@ def test_zero_init_residual_reaches_the_last_norm_of_each_block():
     net = MODELS.build(dict(type='mmdet.ResNet', depth=50, norm_cfg=SN, zero_init_residual=True))
     net.init_weights()
     assert all(not block.bn3.weight.any() and block.bn1.weight.eq(1).all() for block in net.layer1)
+
+
+@pytest.mark.parametrize('norm', ['BN', 'SN'])
+def test_mmcvs_roi_align_takes_channels_last_for_contiguous(norm):
+    """With every norm; docs/troubleshooting.md warns of it. A mmcv in which it fails has no need of the warning."""
+    features = build_norm_layer(dict(type=norm), 8)[1](torch.randn(2, 8, 16, 16))
+    rois = torch.tensor([[0, 1, 1, 9, 9], [1, 2, 3, 12, 11.0]])
+    contiguous, last = (
+        roi_align(features.contiguous(memory_format=f), rois, 7) for f in (torch.contiguous_format, torch.channels_last)
+    )
+    assert (contiguous - last).norm() > 0.5 * contiguous.norm()
