@@ -311,7 +311,7 @@ def test_slurm_scripts_start_the_tool_under_srun(tmp_path, monkeypatch, kind):
 @pytest.mark.parametrize(
     'argv, message',
     [
-        (['plot_ratios', 'none.pth'], 'plot_ratios.py: error: none.pth: '),
+        (['plot_ratios', 'none.pth'], "plot_ratios.py: error: source 'none.pth' is no file"),
         ([], 'where TOOL is one of average_stats, convert_checkpoint, '),
         (['common'], 'usage: python -m sn_openmmlab TOOL ...'),
     ],
