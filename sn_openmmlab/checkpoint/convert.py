@@ -94,7 +94,7 @@ def convert_checkpoint(
             holds.
     """
     wrapped = {names.strip_wrappers(key): key for key in state_dict}
-    state_dict = {names.strip_wrappers(key): value for key, value in state_dict.items()}
+    state_dict = {name: state_dict[key] for name, key in wrapped.items()}
     _check_memory(state_dict)
     source = _find_source(state_dict, source)
     if prefix is not None and source != 'bn':
