@@ -99,17 +99,30 @@ def check_out(parser: argparse.ArgumentParser, dst: str, force: bool) -> None:
     out = Path(dst)
     if not out.parent.is_dir():
         parser.error(f'{str(out.parent)!r}, the folder to write {out.name!r} into, does not exist')
-    try:
+    with refuse_unwritable(parser, repr(dst)):
         if out.is_dir():
             parser.error(f'{dst!r} is a folder; give a file')
         if out.exists() and not out.is_file():
             parser.error(f'{dst!r} is a device or a pipe, which a file would replace; give the name of a file')
         if out.exists() and not force:
             parser.error(f'{dst!r} exists; --force replaces it')
-        part_file(out).touch()
-        part_file(out).unlink()
+        try_to_write(out)
+
+
+@contextlib.contextmanager
+def refuse_unwritable(parser: argparse.ArgumentParser, what: str) -> Iterator[None]:
+    """End with an error that names ``what`` if its path cannot be looked at or written to."""
+    try:
+        yield
     except (OSError, RuntimeError) as error:  # a link to itself is the latter before Python 3.13
-        parser.error(f'{dst!r} cannot be written: {getattr(error, "strerror", error)}')
+        parser.error(f'{what} cannot be written: {getattr(error, "strerror", error)}')
+
+
+def try_to_write(path: Path) -> None:
+    """Make this process's temporary file beside ``path``, and remove it."""
+    part = part_file(path)
+    part.touch()
+    part.unlink()
 
 
 def part_file(path: Path, suffix: str = '') -> Path:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import exit_on_signals, part_file
+from common import exit_on_signals, refuse_unwritable, try_to_write
 from mmengine.config import Config
 from mmengine.hub import get_config
 from rich.console import Console
@@ -101,14 +101,11 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Argument
             parser.error(f'{ascii(path)} cannot be written into a config; rename it')
     if not args.out.parent.is_dir():
         parser.error(f'--out {args.out}: there is no folder {args.out.parent}')
-    try:
+    with refuse_unwritable(parser, f'--out {args.out}'):
         if args.out.exists():
             parser.error(f'{args.out} exists; name another file with --out, or remove it first')
         if not args.dry_run:
-            part_file(args.out).touch()
-            part_file(args.out).unlink()
-    except (OSError, RuntimeError) as error:  # a link to itself is the latter before Python 3.13
-        parser.error(f'--out {args.out} cannot be written: {getattr(error, "strerror", error)}')
+            try_to_write(args.out)
     return args, parser
 
 
