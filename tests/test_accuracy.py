@@ -299,6 +299,8 @@ def test_tables_say_how_many_seeds_and_how_far_they_spread():
         cell('SN', 0, {'moving average': 0.5, 'batch average': 0.6}),
         cell('SN', 1, {'moving average': 0.3, 'batch average': 0.4}),
         cell('BN', 0, {'moving average': 0.125}, lr=task.LR / 2, epochs=3),
+        cell('BN', 1, {'moving average': 0.375}, lr=task.LR / 2, epochs=3),
+        cell('SN', 0, {'moving average': 0.75}, variant='logits10'),
     ]
     rows = [
         [c.strip() for c in line.split('|')[1:-1]]
@@ -310,4 +312,6 @@ def test_tables_say_how_many_seeds_and_how_far_they_spread():
     assert rows[6][1:6] == ['2', '2', 'box AP', '0.400 ± 0.141 (0.300 to 0.500)', '0.500 ± 0.141 (0.400 to 0.600)']
     assert rows[7][1:6] == ['', '', 'box AP50', '0.650 ± 0.141 (0.550 to 0.750)', '0.750 ± 0.141 (0.650 to 0.850)']
     assert [row[0] for row in rows[2:8]] == ['BN', '', 'GN', '', 'SN', '']
-    assert rows[10][:6] == ['BN', '2', f'{task.LR / 2:g}', '3', '', '0'] and rows[10][6] == '0.125'
+    others = [['BN', '2', f'{task.LR / 2:g}', '3', '', '2', '0.250 ± 0.177 (0.125 to 0.375)']]
+    others += [['SN', '2', f'{task.LR:g}', str(task.EPOCHS), 'logits10', '1', '0.750']]
+    assert rows[10:] == others

@@ -100,12 +100,14 @@ def tables(name: str, results: list[dict]) -> str:
     if others:
         metric, label = next(iter(task.METRICS.items()))
         text += ['', f'Learning rates and variants, {label} after the last epoch:', '']
-        text += [f'| norm | images per step | learning rate | epochs | changed | seed | {label} |']
+        text += [f'| norm | images per step | learning rate | epochs | changed | seeds | {label} |']
         text += ['| :--- | ---: | ---: | ---: | :--- | ---: | ---: |']
+        groups = {}
         for r in others:
-            value = _spread([_value(r, 'moving average', metric)]) or 'diverged'
-            row = [r['norm'], str(r['images']), f'{r["lr"]:g}', str(r['epochs']), r['variant'], str(r['seed']), value]
-            text.append('| ' + ' | '.join(row) + ' |')
+            groups.setdefault((r['norm'], r['images'], f'{r["lr"]:g}', r['epochs'], r['variant']), []).append(r)
+        for key, cells in groups.items():
+            value = _spread([_value(r, 'moving average', metric) for r in cells]) or 'diverged'
+            text.append(f'| {" | ".join(map(str, [*key, len(cells), value]))} |')
     return '\n'.join(text)
 
 
