@@ -6,10 +6,13 @@ Weights, biases and running statistics stay; only the kind of layer changes.
 from __future__ import annotations
 
 import copy
+import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
+from mmengine.logging import print_log
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -17,7 +20,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from ..layers import SparseSwitchNorm, SwitchNorm, SwitchNorm1d, SwitchNorm3d, SyncSN
 from ..layers.batch_statistics import is_synchronised
 from ..layers.state_dict import log_starts
-from ..norms import is_mmcv_sync_bn, is_switchable, own_modules
+from ..norms import is_mmcv_sync_bn, is_norm, is_switchable, own_modules
 
 _Layer = TypeVar('_Layer', bound=nn.Module)
 _STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
@@ -47,10 +50,11 @@ def convert_switch_norm(
     ``init_ratios=(0, 0, 1)`` it computes exactly what it did, in training and evaluation mode, and the ratios do not
     learn. What was GroupNorm or InstanceNorm starts at equal ratios.
 
-    SN layers, LayerNorms and all other modules are left alone. BatchNorm1d and BatchNorm3d become ``SN1d`` and
-    ``SN3d``; everything else becomes ``SN``, which takes any number of dimensions. timm's norms with an activation
-    (``BatchNormAct2d``) keep it, in a hook of the new layer. A layer with a weight and no bias gets a bias that is 0
-    and does not learn.
+    SN layers, LayerNorms and all other modules are left alone. A warning names BatchNorms that are frozen by their
+    class (``FrozenBatchNorm2d`` of torchvision, detectron2 and timm), which stay too, and says if there is no layer to
+    convert. BatchNorm1d and BatchNorm3d become ``SN1d`` and ``SN3d``; everything else becomes ``SN``, which takes any
+    number of dimensions. timm's norms with an activation (``BatchNormAct2d``) keep it, in a hook of the new layer. A
+    layer with a weight and no bias gets a bias that is 0 and does not learn.
 
     Args:
         model (nn.Module): The model; mmcv's ``SyncBatchNorm`` (``MMSyncBN``) counts as SyncBatchNorm.
@@ -105,6 +109,7 @@ def convert_switch_norm(
                 for name, value in start.items():
                     getattr(layer, name).data.copy_(value)
         log_starts()
+        _warn_of_what_stays(model, new)
     replace(model, new)
     return new.get(model, model)
 
@@ -125,6 +130,31 @@ def _find_switch_norms(model: nn.Module) -> dict[str, SwitchNorm]:
 def _find_other_norms(model: nn.Module) -> dict[str, nn.Module]:
     """Find the layers by name, each once, that SN can replace; without the children of SN layers."""
     return {name: layer for name, layer in own_modules(model) if is_switchable(type(layer))}
+
+
+def _warn_of_what_stays(model: nn.Module, new: Mapping[Any, nn.Module]) -> None:
+    """Warn of BatchNorms that are frozen by their class, and of a model in which no layer can be converted."""
+    others = [m for _, m in own_modules(model) if not isinstance(m, SwitchNorm) and not is_switchable(type(m))]
+    frozen = Counter(type(m).__name__ for m in others if _has_statistics(m))
+    if frozen:
+        print_log(
+            f'convert_switch_norm leaves BatchNorms that are frozen by their class: {_count(frozen)}. Build the model '
+            'with BatchNorm2d in their place (norm_layer= of backbones in torchvision) to convert them too.',
+            logger='current',
+            level=logging.WARNING,
+        )
+    elif not new and not _find_switch_norms(model):
+        norms = Counter(type(m).__name__ for m in others if is_norm(m))
+        print_log(
+            'convert_switch_norm changes nothing: the model has no BatchNorm, SyncBatchNorm, GroupNorm or InstanceNorm '
+            f'but {_count(norms) or "no norm at all"}.',
+            logger='current',
+            level=logging.WARNING,
+        )
+
+
+def _count(kinds: Counter) -> str:
+    return ', '.join(f'{n} {kind}' for kind, n in kinds.items())
 
 
 def _check_revertible(found: dict[str, SwitchNorm]) -> None:

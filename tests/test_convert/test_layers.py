@@ -2,13 +2,14 @@
 
 import copy
 import inspect
+import re
 
 import pytest
 import torch
 import torch.distributed as dist
 from mmcv.ops import SyncBatchNorm as MMSyncBN
 from mmengine.registry import MODELS
-from support import randomized, relative_error
+from support import Said, randomized, relative_error
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
@@ -332,6 +333,29 @@ def test_a_frozen_child():
     with pytest.raises(ValueError, match=r'stay in training mode.*: 1 \(FrozenBatchNorm2d\); undo it first'):
         convert_switch_norm(model, 'BN')
     assert fold_batch_norm(model, x) == 1 and relative_error(model(x), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    'layers, words',
+    [
+        ([FrozenBatchNorm2d(nn.BatchNorm2d(6))], 'frozen by their class: 1 FrozenBatchNorm2d.'),
+        ([FrozenBatchNorm2d(nn.BatchNorm2d(6)), nn.BatchNorm2d(6)], 'frozen by their class: 1 FrozenBatchNorm2d.'),
+        ([nn.LayerNorm(6), nn.LayerNorm(6), nn.ReLU()], 'changes nothing: .* but 2 LayerNorm.'),
+        ([nn.ReLU()], 'changes nothing: .* but no norm at all.'),
+        ([nn.LayerNorm(6), nn.BatchNorm2d(6)], None),
+        ([nn.LayerNorm(6), SwitchNorm(6)], None),
+        ([SwitchNorm(6, init_ratios=BN_ONLY)], None),
+    ],
+)
+def test_what_stays_is_told(layers, words):
+    model = nn.Sequential(*copy.deepcopy(layers))
+    if isinstance(model[0], SwitchNorm):
+        model[0].bn = FrozenBatchNorm2d(model[0].bn)  # of an SN layer, which is not converted
+    said = Said()
+    said.listen()
+    convert_switch_norm(model)
+    warned = [line for line in said.lines if line.startswith('convert_switch_norm')]
+    assert len(warned) == (words is not None) and all(re.search(words, line) for line in warned)
 
 
 # -- norms of other libraries, which do more --------------------------------------------------------------------------
