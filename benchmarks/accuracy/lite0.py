@@ -59,6 +59,7 @@ NORMS = {
     'SN-frozen-x10': _way(SN, SN, frozen=True, logits=10),
     'SN-frozen-x30': _way(SN, SN, frozen=True, logits=30),
     'SN-frozen-x100': _way(SN, SN, frozen=True, logits=100),
+    'SN-frozen-x1000': _way(SN, SN, frozen=True, logits=1000),
     'SN.01-frozen-x100': _way(_near(0.01), SN, frozen=True, logits=100),
     'SN.05-frozen-x100': _way(_near(0.05), SN, frozen=True, logits=100),
 }
