@@ -22,6 +22,7 @@ from rich.text import Text
 from sn_openmmlab import SwitchNorm
 from sn_openmmlab.norms import part_of
 from sn_openmmlab.swap import PARTS, STATISTICS, TARGETS, Norm, Swap, plan_swap
+from sn_openmmlab.swap.rewrite import is_pretrained
 from sn_openmmlab.swap.write import check_child, find_differences, name_parts, render_child, to_code, to_plain
 
 
@@ -156,7 +157,7 @@ def show(console: Console, name: str, cfg: Config, swap: Swap) -> None:
 
 
 def list_notes(swap: Swap) -> Iterator[str]:
-    """List what else changes in training when another norm becomes SN."""
+    """List what else changes when a norm becomes another."""
     local = {norm.new for norm in swap.changed} == {SwitchNorm}
     if local and any('Sync' in norm.old.__name__ for norm in swap.changed):
         yield 'batch statistics are those of each process now; --statistics synced keeps them those of all'
@@ -165,6 +166,14 @@ def list_notes(swap: Swap) -> Iterator[str]:
         yield (
             'backbone.norm_eval=True: BN statistics are those of the checkpoint, which measured better at 2 images '
             'than those of the batch (--statistics train)'
+        )
+    renamed = [norm for norm in swap.changed if norm.part == 'backbone' and norm.old_name != norm.name]
+    if renamed and is_pretrained(swap.config):
+        old, new = renamed[0].old_name, renamed[0].name
+        yield (
+            f'{len(renamed)} norms of the backbone have other names now ({old} is {new}). A checkpoint of the old norm '
+            'has not: it would fill the convolutions, and leave the norms at their start. Set one of the new norm, for '
+            'SN one of BatchNorm, with the mean and std of its images; or none'
         )
 
 

@@ -27,7 +27,8 @@ class Norm(NamedTuple):
     """A norm layer before and after.
 
     Attributes:
-        name (str): Its name in the model afterwards.
+        old_name (str): Its name in the model before.
+        name (str): Its name afterwards.
         part (str): 'backbone', 'neck' or 'head'.
         old (type): What it was.
         new (type): What it is.
@@ -35,6 +36,7 @@ class Norm(NamedTuple):
         changes (bool): Whether the two differ, if only in an argument.
     """
 
+    old_name: str
     name: str
     part: str
     old: type
@@ -65,7 +67,7 @@ def compare(before: nn.Module, after: nn.Module) -> list[Norm]:
             if old_name.rpartition('.')[0] != name.rpartition('.')[0] or _get_size(a) != _get_size(b):
                 raise RuntimeError(f'the norm layer {old_name} became {name} of another size or place')
             changes = type(a) is not type(b) or a.extra_repr() != b.extra_repr()
-            norms.append(Norm(name, part_of(name), type(a), type(b), _find_owner(after, name), changes))
+            norms.append(Norm(old_name, name, part_of(name), type(a), type(b), _find_owner(after, name), changes))
         elif type(a) is not type(b) or old_name != name or _list_parameters(a) != _list_parameters(b):
             old_kind, kind = type(a).__name__, type(b).__name__
             raise RuntimeError(f'not only norms change: {old_name} ({old_kind}) became {name} ({kind})')

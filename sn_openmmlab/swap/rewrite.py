@@ -308,7 +308,7 @@ def _make_swap(
     return swap
 
 
-def _is_pretrained(cfg: Config) -> bool:
+def is_pretrained(cfg: Config) -> bool:
     """Whether the backbone starts from a checkpoint, its own or the whole model's."""
 
     def visit(node: Any, place: str) -> bool:
@@ -326,7 +326,7 @@ def _is_pretrained(cfg: Config) -> bool:
 def _prefers_frozen(cfg: Config, model: nn.Module) -> bool:
     """Whether the backbone starts from a BatchNorm checkpoint, whose statistics are better than those of a batch."""
     backbone = [m for name, m in model.named_modules() if part_of(name) == 'backbone']
-    if not _is_pretrained(cfg) or not any(is_batch_norm(type(m)) for m in backbone):
+    if not is_pretrained(cfg) or not any(is_batch_norm(type(m)) for m in backbone):
         return False
     images = (cfg.get('train_dataloader') or {}).get('batch_size', 1)
     return images <= SMALL_BATCH or any(getattr(m, 'norm_eval', False) for m in backbone)

@@ -15,6 +15,7 @@ def config(name):
 
 FCOS = 'mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'
 FCN = 'mmseg::fcn/fcn_r18-d8_4xb2-80k_cityscapes-769x769.py'
+SCRATCH = 'mmdet::scratch/faster-rcnn_r50-scratch_fpn_gn-all_6x_coco.py'
 MASK = 'mmdet::gn/mask-rcnn_r50_fpn_gn-all_2x_coco.py'
 SN_VARIABLE = "norm_cfg = dict(type='SN', requires_grad=True)"
 

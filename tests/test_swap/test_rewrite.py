@@ -13,7 +13,7 @@ from sn_openmmlab import SwitchNorm, swap_norm
 from sn_openmmlab.norms import own_modules, part_of
 from sn_openmmlab.swap import plan_swap
 from sn_openmmlab.swap.build import build, compare
-from test_swap.cases import FCOS, config
+from test_swap.cases import FCOS, SCRATCH, config
 
 MASK = 'mmdet::strong_baselines/mask-rcnn_r50_fpn_rpn-2conv_4conv1fc_syncbn-all_lsj-100e_coco.py'
 OCR = 'mmseg::ocrnet/ocrnet_hr18_4xb2-40k_cityscapes-512x1024.py'
@@ -158,7 +158,6 @@ def test_statistics_and_targets(kwargs, norm, norm_eval):
     assert backbone.norm_cfg == norm and backbone.norm_eval == norm_eval
 
 
-SCRATCH = 'mmdet::scratch/faster-rcnn_r50-scratch_fpn_gn-all_6x_coco.py'
 LARGE = 'mmdet::rtmdet/rtmdet-ins_tiny_8xb32-300e_coco.py'
 BISENET = 'mmseg::bisenetv2/bisenetv2_fcn_4xb4-160k_cityscapes-1024x1024.py'
 WHOLE = {'model.init_cfg': dict(type='Pretrained', checkpoint='x.pth'), 'model.backbone.init_cfg': None}

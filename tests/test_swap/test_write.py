@@ -9,7 +9,7 @@ from mmengine.utils import get_installed_path
 from support import call
 
 from sn_openmmlab.swap import write
-from test_swap.cases import FCN, FCOS, MASK, SN_VARIABLE, fresh
+from test_swap.cases import FCN, FCOS, MASK, SCRATCH, SN_VARIABLE, fresh
 
 
 def test_the_file_for_a_config_of_mmdet(tool, capsys):
@@ -55,6 +55,22 @@ def test_keys_that_must_go(tool):
     norms = [cfg.norm_cfg, cfg.model.backbone.norm_cfg, cfg.model.neck.norm_cfg]
     norms += [cfg.model.roi_head.bbox_head.norm_cfg, cfg.model.roi_head.mask_head.norm_cfg]
     assert norms == [dict(type='SN', requires_grad=True)] * 5
+
+
+@pytest.mark.parametrize(
+    'args, told',
+    [
+        ([MASK], True),  # Detectron's ResNet with GN
+        ([MASK, '--parts', 'neck', 'head'], False),
+        ([SCRATCH], False),
+        ([FCOS], False),  # from a ResNet with BatchNorm
+        ([FCOS, '--to', 'GN'], True),
+    ],
+)
+def test_names_that_a_checkpoint_does_not_have_are_told(tool, capsys, args, told):
+    tool.main([*args, '--dry-run'])
+    out = ' '.join(capsys.readouterr().out.split())
+    assert ('norms of the backbone have other names now (backbone.' in out) == told
 
 
 def test_lists_norms_of_their_own_and_other_imports(tool, capsys):
