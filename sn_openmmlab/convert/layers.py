@@ -137,20 +137,19 @@ def _warn_of_what_stays(model: nn.Module, new: Mapping[Any, nn.Module]) -> None:
     others = [m for _, m in own_modules(model) if not isinstance(m, SwitchNorm) and not is_switchable(type(m))]
     frozen = Counter(type(m).__name__ for m in others if _has_statistics(m))
     if frozen:
-        print_log(
-            f'convert_switch_norm leaves BatchNorms that are frozen by their class: {_count(frozen)}. Build the model '
-            'with BatchNorm2d in their place (norm_layer= of backbones in torchvision) to convert them too.',
-            logger='current',
-            level=logging.WARNING,
+        message = (
+            f'leaves BatchNorms that are frozen by their class: {_count(frozen)}. Build the model with BatchNorm2d in '
+            'their place (norm_layer= of backbones in torchvision) to convert them too.'
         )
     elif not new and not _find_switch_norms(model):
         norms = Counter(type(m).__name__ for m in others if is_norm(m))
-        print_log(
-            'convert_switch_norm changes nothing: the model has no BatchNorm, SyncBatchNorm, GroupNorm or InstanceNorm '
-            f'but {_count(norms) or "no norm at all"}.',
-            logger='current',
-            level=logging.WARNING,
+        message = (
+            'changes nothing: the model has no BatchNorm, SyncBatchNorm, GroupNorm or InstanceNorm but '
+            f'{_count(norms) or "no norm at all"}.'
         )
+    else:
+        return
+    print_log(f'convert_switch_norm {message}', logger='current', level=logging.WARNING)
 
 
 def _count(kinds: Counter) -> str:
