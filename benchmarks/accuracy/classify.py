@@ -100,10 +100,6 @@ class Samples(TensorDataset):
 def settings(dataset: dict, images: int, lr: float, epochs: int, warmup: int) -> Config:
     """Data, optimizer and schedule: SGD with a cosine, and no decay of norms and biases."""
     loader = dict(num_workers=0, collate_fn=dict(type='default_collate'))
-
-    def sampler(shuffle: bool) -> dict:
-        return dict(type='DefaultSampler', shuffle=shuffle)
-
     train, test = dict(dataset, split='train'), dict(dataset, split='test')
     return Config(
         dict(

@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> None:
             (HOME, 'accuracy'): [scratch],
             (HOME, 'finetuning'): [finetuned],
             (GUIDE, 'finetuning'): [finetuned],
+            (GUIDE, 'rates'): [rates({task: by_task[task] for task in FINETUNED})],
         },
         args.check,
     )
@@ -136,15 +137,40 @@ def summary(by_task: dict[str, list[dict]]) -> str:
     trained = {r['norm'] for results in by_task.values() for r in results}
     labels = {name: label for task in map(load_task, by_task) for name, label in labels_of(task).items()}
     for norm in filter(trained.__contains__, labels):
-        row = [labels[norm]]
-        for name, results in by_task.items():
-            cells = [r for r in results if r['norm'] == norm]
-            metric = next(iter(load_task(name).METRICS))
-            seeds = f' ({len(cells)} seed{"s" if len(cells) > 1 else ""})'
-            values = [_value(r, 'moving average', metric) for r in cells]
-            row.append((_spread(values) or 'diverged') + seeds if cells else 'not trained yet')
-        text.append(f'| {" | ".join(row)} |')
+        row = [_entry(name, [r for r in results if r['norm'] == norm]) for name, results in by_task.items()]
+        text.append(f'| {" | ".join([labels[norm], *row])} |')
     return '\n'.join(text)
+
+
+def rates(by_task: dict[str, list[dict]]) -> str:
+    """The recipe by the learning rate of the logits: a column a task, and LN's part in the means of its heads."""
+    by_task = {name: [r for r in results if is_compared(r)] for name, results in by_task.items()}
+    tasks = [load_task(name) for name in by_task]
+    heads = [f'{task.NAME}, {next(iter(task.METRICS.values()))} | LN in the means of its head' for task in tasks]
+    text = [f"| rate of the logits / the others' | {' | '.join(heads)} |", '| ---: |' + ' ---: |' * 2 * len(heads)]
+    for norm, way in sorted(norms(tasks[0]).items(), key=lambda item: item[1]['logits']):
+        by_norm = {name: [r for r in results if r['norm'] == norm] for name, results in by_task.items()}
+        if norm.startswith('SN-frozen') and any(by_norm.values()):
+            row = [f'{way["logits"]:g}']
+            for name, cells in by_norm.items():
+                layers = [
+                    values
+                    for r in cells
+                    for layer, values in r['importance_ratios'].items()
+                    if part_name(layer) in ('box head', 'decode head')
+                ]
+                row += [_entry(name, cells), f'{mean_ratios(layers)[0][1]:.2f}' if layers else '']
+            text.append(f'| {" | ".join(row)} |')
+    return '\n'.join(text)
+
+
+def _entry(name: str, cells: list[dict]) -> str:
+    """A task's first metric with the moving average, and of how many seeds."""
+    if not cells:
+        return 'not trained yet'
+    metric = next(iter(load_task(name).METRICS))
+    seeds = f' ({len(cells)} seed{"s" if len(cells) > 1 else ""})'
+    return (_spread([_value(r, 'moving average', metric) for r in cells]) or 'diverged') + seeds
 
 
 def labels_of(task) -> dict[str, str]:
