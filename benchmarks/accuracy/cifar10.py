@@ -40,7 +40,7 @@ NORMS = {
 def config(norm: dict, images: int, lr: float, epochs: int) -> Config:
     """Model, data, evaluator, optimizer and schedule; the runner adds the rest."""
     cfg = settings(dict(type='CIFAR10Images', data_root=data_root('cifar10'), size=10000), images, lr, epochs, 100)
-    cfg.model = dict(type='CIFARResNet', norm=norm)
+    cfg.model = dict(type='CIFARResNet', norm=norm, border='reflect')
     return cfg
 
 
@@ -60,10 +60,16 @@ class CIFAR10Images(Samples):
 
 
 class Augment(BaseDataPreprocessor):
-    """Normalize with ImageNet's mean and deviation; in training shift by up to 4 pixels and flip each image."""
+    """Normalize with ImageNet's mean and deviation; in training shift by up to 4 pixels and flip each image.
 
-    def __init__(self) -> None:
+    Args:
+        border (str): What a shift brings in, by its name in ``F.pad``: ``'reflect'``, the image itself, or
+            ``'constant'``, black, which the statistics of single images see in training and not in testing.
+    """
+
+    def __init__(self, border: str) -> None:
         super().__init__()
+        self.border = border
         self.register_buffer('mean', torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1), persistent=False)
         self.register_buffer('std', torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1), persistent=False)
 
@@ -78,7 +84,8 @@ class Augment(BaseDataPreprocessor):
             columns = torch.where(torch.rand(n, 1) < 0.5, columns.flip(1), columns)
             each = torch.arange(n)[:, None, None, None]
             channels = torch.arange(3)[None, :, None, None]
-            images = F.pad(images, (4, 4, 4, 4))[each, channels, rows[:, None, :, None], columns[:, None, None, :]]
+            images = F.pad(images, (4, 4, 4, 4), self.border)
+            images = images[each, channels, rows[:, None, :, None], columns[:, None, None, :]]
         return dict(data, inputs=(images.float() - self.mean) / self.std)
 
 
@@ -104,7 +111,7 @@ class Block(nn.Module):
 class CIFARResNet(Classifier):
     """The ResNet of 6n + 2 layers for CIFAR (He et al., CVPR 2016, section 4.2), of 16, 32 and 64 channels."""
 
-    def __init__(self, norm: dict, depth: int = 20, classes: int = 10) -> None:
+    def __init__(self, norm: dict, border: str = 'reflect', depth: int = 20, classes: int = 10) -> None:
         n, widths = (depth - 2) // 6, (16, 32, 64)
         blocks, channels = [], widths[0]
         for stage, width in enumerate(widths):
@@ -113,7 +120,7 @@ class CIFARResNet(Classifier):
                 channels = width
         stem = [nn.Conv2d(3, widths[0], 3, 1, 1, bias=False), norm_layer(norm, widths[0]), nn.ReLU()]
         head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)]
-        super().__init__(nn.Sequential(*stem, *blocks, *head), Augment())
+        super().__init__(nn.Sequential(*stem, *blocks, *head), Augment(border))
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight)
