@@ -192,6 +192,17 @@ def test_a_cell_of_classification(task, norm, tmp_path):
     assert len(result['importance_ratios']) == dict(cifar10=19, modelnet10=12)[task] * (norm != 'GN')
 
 
+def test_shifted_images_have_no_black_in_their_statistics():
+    from benchmarks.accuracy.cifar10 import Augment
+
+    images = torch.randint(0, 256, (32, 1, 1, 1), dtype=torch.uint8).expand(32, 3, 32, 32)  # each of one grey
+    (as_they_are, shifted, on_black) = (
+        Augment(border)(dict(inputs=images), training=training)['inputs']
+        for border, training in (('reflect', False), ('reflect', True), ('constant', True))
+    )
+    assert torch.equal(shifted, as_they_are) and not torch.equal(on_black, as_they_are)
+
+
 @pytest.mark.parametrize('kind, rank', [('BN', 4), ('SN', 4), ('SN3d', 5)])
 def test_chunks_are_normalized_as_by_processes_of_their_own(kind, rank):
     from benchmarks.accuracy.classify import norm_layer

@@ -107,6 +107,13 @@ def test_ratios_on_bn_alone_are_batch_norm():
     torch.testing.assert_close(layer.eval()(x), bn.eval()(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize('ratios, is_felt', [(None, True), ((0, 0, 1), False)])
+def test_padding_is_in_the_statistics_of_a_single_image(ratios, is_felt):
+    layer, x = SwitchNorm(3, init_ratios=ratios).eval(), torch.randn(2, 3, 8, 8)
+    padded = layer(nn.functional.pad(x, (0, 4)))[..., :8]
+    assert torch.allclose(padded, layer(x), rtol=0, atol=0.01) != is_felt
+
+
 def test_repr_shows_the_arguments():
     layer = SyncSN(3, eps=1e-3, momentum=0.2, init_ratios=(0, 0, 1), group_size=2)
     for text in 'eps=0.001', 'momentum=0.2', "('in', 'ln', 'bn')", 'init_ratios=(0, 0, 1)', 'group_size=2':
