@@ -277,7 +277,7 @@ def draw_sizes(results: list[dict]):
                     marker='.', label=f'{kind}, {average}' if kind in ('BN', 'SN') else kind,
                 )  # fmt: skip
     accuracy.set(title=f'{task.NAME}, {task.EPOCHS} epochs', ylabel='accuracy, %')
-    accuracy.legend(frameon=False, fontsize=8)
+    accuracy.legend(fontsize=8, edgecolor='none', framealpha=1)  # over the level lines, not through them
     for kind, (ax, title) in enumerate(zip(axes, ('means', 'variances'))):
         by_size = {
             size: [mean_ratios(r['importance_ratios'].values())[kind] for r in cells]
