@@ -114,19 +114,23 @@ def tables(name: str, results: list[dict]) -> str:
 
 def ratios(results: list[dict]) -> list[str]:
     """Importance ratios at the end: the mean over the layers of a part, and the seeds."""
-    parts = {}
-    for result in results:
-        for layer, values in result.get('importance_ratios', {}).items():
-            parts.setdefault((result['norm'], part_name(layer)), []).append(values)
     rows = []
-    for (norm, part), layers in parts.items():
-        layers = [values for values in layers if len(values[0]) == 3]  # with BN
-        if layers:
-            means = ' | '.join(f'{ratio:.3f}' for ratio in mean_ratios(layers).flat)
-            rows.append(f'| {norm} | {part} | {means} |')
+    for (norm, part), layers in _by_part(results).items():
+        means = ' | '.join(f'{ratio:.3f}' for ratio in mean_ratios(layers).flat)
+        rows.append(f'| {norm} | {part} | {means} |')
     head = ['', 'Importance ratios after the last epoch, mean over layers and seeds:', '']
     head += ['| norm | part | IN, means | LN, means | BN, means | IN, variances | LN, variances | BN, variances |']
     return [*head, '| :--- | :--- |' + ' ---: |' * 6, *rows] if rows else []
+
+
+def _by_part(results: list[dict]) -> dict[tuple[str, str], list]:
+    """Importance ratios of the layers that have BN's, by norm and part."""
+    parts = {}
+    for result in results:
+        for layer, values in result.get('importance_ratios', {}).items():
+            if len(values[0]) == 3:
+                parts.setdefault((result['norm'], part_name(layer)), []).append(values)
+    return parts
 
 
 def summary(by_task: dict[str, list[dict]]) -> str:
@@ -153,13 +157,9 @@ def rates(by_task: dict[str, list[dict]]) -> str:
         if norm.startswith('SN-frozen') and any(by_norm.values()):
             row = [f'{way["logits"]:g}']
             for name, cells in by_norm.items():
-                layers = [
-                    values
-                    for r in cells
-                    for layer, values in r['importance_ratios'].items()
-                    if part_name(layer) in ('box head', 'decode head')
-                ]
-                row += [_entry(name, cells), f'{mean_ratios(layers)[0][1]:.2f}' if layers else '']
+                parts = _by_part(cells)
+                head = parts.get((norm, 'box head')) or parts.get((norm, 'decode head'))
+                row += [_entry(name, cells), f'{mean_ratios(head)[0][1]:.2f}' if head else '']
             text.append(f'| {" | ".join(row)} |')
     return '\n'.join(text)
 
