@@ -234,7 +234,7 @@ def test_a_graph_is_the_same_training_on_a_gpu(monkeypatch):
     batch = dict(inputs=torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8), labels=torch.arange(8))
     for graph, found in enumerate(losses):
         torch.manual_seed(0)
-        net = CIFARResNet(dict(type='SN', images=2), depth=8).cuda().train()
+        net = CIFARResNet(dict(type='SN', images=2), 'reflect', depth=8).cuda().train()
         if not graph:
             net._graph.append(net.network)
         optimizer = torch.optim.SGD(net.parameters(), 0.05)

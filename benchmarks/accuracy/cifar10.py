@@ -111,7 +111,7 @@ class Block(nn.Module):
 class CIFARResNet(Classifier):
     """The ResNet of 6n + 2 layers for CIFAR (He et al., CVPR 2016, section 4.2), of 16, 32 and 64 channels."""
 
-    def __init__(self, norm: dict, border: str = 'reflect', depth: int = 20, classes: int = 10) -> None:
+    def __init__(self, norm: dict, border: str, depth: int = 20, classes: int = 10) -> None:
         n, widths = (depth - 2) // 6, (16, 32, 64)
         blocks, channels = [], widths[0]
         for stage, width in enumerate(widths):
