@@ -262,7 +262,7 @@ def draw_sizes(results: list[dict]):
     from matplotlib.figure import Figure
 
     task = load_task('cifar10')
-    figure = Figure(figsize=(12, 3.8), layout='constrained')
+    figure = Figure(figsize=(12, 4.2), layout='constrained')
     accuracy, *axes = figure.subplots(1, 3)
     for color, kind in enumerate(('BN', 'SN', 'GN', 'SN-IN-LN')):
         for average, line in ('moving average', '-'), ('batch average', '--'):
@@ -277,7 +277,9 @@ def draw_sizes(results: list[dict]):
                     marker='.', label=f'{kind}, {average}' if kind in ('BN', 'SN') else kind,
                 )  # fmt: skip
     accuracy.set(title=f'{task.NAME}, {task.EPOCHS} epochs', ylabel='accuracy, %')
-    accuracy.legend(fontsize=8, edgecolor='none', framealpha=1)  # over the level lines, not through them
+    accuracy.legend(
+        fontsize=8, frameon=False, loc='upper center', bbox_to_anchor=(0.45, -0.15), ncol=3, columnspacing=1
+    )  # below the axis, where it covers no line
     for kind, (ax, title) in enumerate(zip(axes, ('means', 'variances'))):
         by_size = {
             size: [mean_ratios(r['importance_ratios'].values())[kind] for r in cells]
