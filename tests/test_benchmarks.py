@@ -145,3 +145,14 @@ def test_the_tests_of_the_kernels_need_no_openmmlab(tmp_path):
     command = [sys.executable, '-c', code, *options, *(f'tests/test_ops/{test}' for test in gpu.TESTS)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_programs_of_the_tests_find_the_package_of_the_tests(tmp_path):
+    """Where it is not installed, and one is a script in another folder."""
+    gpu.make_bare(tmp_path)
+    script = tmp_path / 'tests/script.py'
+    script.write_text('import sn_openmmlab; print(sn_openmmlab.__file__)')
+    code = f'import sys; sys.path.insert(1, "tests"); from test_ops.cases import alone; print(alone({str(script)!r}))'
+    command = [sys.executable, '-c', code]
+    printed = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    assert printed.split() == [str(tmp_path / 'sn_openmmlab/__init__.py')]

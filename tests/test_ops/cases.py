@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import sn_openmmlab
 from sn_openmmlab.ops import NORMALIZERS, switch_norm
 from sn_openmmlab.ops.backends import cpp
 
@@ -56,11 +58,14 @@ def run(x, args, stats, dy, **kwargs):
 
 
 def alone(*command, **kwargs):
-    """What Python prints in a process of its own, which has no settings of the tests."""
+    """What Python prints in a process of its own, which has the tests' package and none of their settings."""
     env = {k: v for k, v in os.environ.items() if k not in ('TRITON_INTERPRET', 'SN_BACKEND')}
-    return subprocess.run(
-        [sys.executable, *command], env=env, check=True, capture_output=True, text=True, **kwargs
-    ).stdout
+    # benchmarks.gpu does not install it, and a script has its own folder in its path, not the current one
+    path = str(Path(sn_openmmlab.__file__).parents[1]), env.get('PYTHONPATH')
+    env['PYTHONPATH'] = os.pathsep.join(filter(None, path))
+    done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, **kwargs)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 # of SparsestMax: logits, rho, and the ratios by hand: u + r * d/|d|, with r = rho * sqrt(2/3)
