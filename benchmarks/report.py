@@ -133,9 +133,11 @@ def gpu_tables(result: dict) -> str:
 
 def gpu_summary(results: list[dict]) -> str:
     """Geometric means over all shapes of SN's and GroupNorm's time on the GPU and on the host, over BatchNorm's."""
-    head = results[0]
+    device, version, date, commit = (
+        ', '.join(sorted({result[key] for result in results})) for key in ('device', 'torch', 'date', 'commit')
+    )
     phases = {'both': 'forward and backward', 'eval': 'evaluation', 'both on host': 'host, forward and backward'}
-    text = [f'{head["device"]}, torch {head["torch"]}, {head["date"]}, commit {head["commit"]}', '']
+    text = [f'{device}, torch {version}, {date}, commit {commit}', '']
     text += ['| time / BatchNorm2d, SN (GroupNorm(32)) | ' + ' | '.join(phases.values()) + ' |']
     text += ['| :--- |' + ' ---: |' * len(phases)]
     for result in results:

@@ -309,6 +309,7 @@ def test_tables_say_how_many_seeds_and_how_far_they_spread():
         cell('GN', 0, {'moving average': 0.25}),
         cell('SN', 0, {'moving average': 0.5, 'batch average': 0.6}),
         cell('SN', 1, {'moving average': 0.3, 'batch average': 0.4}),
+        cell('GN', 0, {'moving average': 0.75}, lr=task.LR / 2),
         cell('BN', 0, {'moving average': 0.125}, lr=task.LR / 2, epochs=3),
         cell('BN', 1, {'moving average': 0.375}, lr=task.LR / 2, epochs=3),
         cell('SN', 0, {'moving average': 0.75}, variant='logits10'),
@@ -318,11 +319,20 @@ def test_tables_say_how_many_seeds_and_how_far_they_spread():
         for line in report.tables('bccd', results).splitlines()
         if '|' in line
     ]
-    assert rows[2][1:6] == ['2', '1', 'box AP', 'diverged', '']
-    assert rows[4][1:6] == ['2', '1', 'box AP', '0.250', '']
-    assert rows[6][1:6] == ['2', '2', 'box AP', '0.400 ± 0.141 (0.300 to 0.500)', '0.500 ± 0.141 (0.400 to 0.600)']
-    assert rows[7][1:6] == ['', '', 'box AP50', '0.650 ± 0.141 (0.550 to 0.750)', '0.750 ± 0.141 (0.650 to 0.850)']
-    assert [row[0] for row in rows[2:8]] == ['BN', '', 'GN', '', 'SN', '']
-    others = [['BN', '2', f'{task.LR / 2:g}', '3', '', '2', '0.250 ± 0.177 (0.125 to 0.375)']]
-    others += [['SN', '2', f'{task.LR:g}', str(task.EPOCHS), 'logits10', '1', '0.750']]
-    assert rows[10:] == others
+    lr, half = f'{task.LR:g}', f'{task.LR / 2:g}'
+    assert rows[2][:7] == ['2', half, 'GN', '1', 'box AP', '0.750', '']
+    assert rows[4][:7] == ['2', lr, 'BN', '1', 'box AP', 'diverged', '']
+    assert rows[6][:7] == ['2', lr, 'GN', '1', 'box AP', '0.250', '']
+    sn = ['0.400 ± 0.141 (0.300 to 0.500)', '0.500 ± 0.141 (0.400 to 0.600)']
+    assert rows[8][:7] == ['2', lr, 'SN', '2', 'box AP', *sn]
+    sn = ['0.650 ± 0.141 (0.550 to 0.750)', '0.750 ± 0.141 (0.650 to 0.850)']
+    assert rows[9][:7] == ['', '', '', '', 'box AP50', *sn]
+    others = [['BN', '2', half, '3', '', '2', '0.250 ± 0.177 (0.125 to 0.375)']]
+    others += [['SN', '2', lr, str(task.EPOCHS), 'logits10', '1', '0.750']]
+    assert rows[12:] == others
+    rows = [line.split('|')[1:-1] for line in report.summary_by_rate({'bccd': results}).splitlines()]
+    assert [[c.strip() for c in row] for row in rows[2:]] == [
+        ['BCCD, box AP', half, 'not trained yet', '0.750 (1 seed)', 'not trained yet', 'not trained yet'],
+        ['BCCD, box AP', lr, 'diverged (1 seed)', '0.250 (1 seed)', '0.400 ± 0.141 (0.300 to 0.500) (2 seeds)']
+        + ['not trained yet'],
+    ]

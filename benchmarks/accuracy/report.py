@@ -11,7 +11,7 @@ import json
 import statistics
 from pathlib import Path
 
-from benchmarks.accuracy.run import RESULTS, TASKS, default_images, load_task, norms
+from benchmarks.accuracy.run import NORMS, RESULTS, TASKS, default_images, load_task, norms
 from benchmarks.report import rewrite
 from sn_openmmlab.analysis import mean_ratios
 from sn_openmmlab.analysis.draw import COLORS, LINES
@@ -31,7 +31,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     by_task = {task: load(task) for task in TASKS}
     parts = [tables(task, results) for task, results in by_task.items() if results]
-    scratch, finetuned = (summary({task: by_task[task] for task in tasks}) for tasks in (SCRATCH, FINETUNED))
+    scratch = summary_by_rate({task: by_task[task] for task in SCRATCH})
+    finetuned = summary({task: by_task[task] for task in FINETUNED})
     rewrite(
         {
             (README, 'tables'): parts,
@@ -58,49 +59,48 @@ def load(task: str) -> list[dict]:
     return sorted(results, key=lambda r: (order.index(r['norm']), r['images'], r['lr'], r['epochs'], r['seed']))
 
 
-def is_main(result: dict) -> bool:
-    """Whether a cell was trained as its task says: full length, the common learning rate, nothing else changed."""
-    task = load_task(result['task'])
-    lr = task.LR * result['images'] / default_images(task)
-    return (result['lr'], result['epochs'], result['variant']) == (lr, task.EPOCHS, '')
+def is_whole(result: dict) -> bool:
+    """Whether a cell was trained as its task says, but for the learning rate and the number of images per step."""
+    return (result['epochs'], result['variant']) == (load_task(result['task']).EPOCHS, '')
 
 
 def is_compared(result: dict) -> bool:
-    """Whether a cell is one of the comparison: as :func:`is_main`, and with the task's number of images per step."""
-    return is_main(result) and result['images'] == default_images(load_task(result['task']))
+    """Whether a cell is one of the comparison: trained as its task says."""
+    task = load_task(result['task'])
+    return is_whole(result) and (result['lr'], result['images']) == (task.LR, default_images(task))
 
 
 def tables(name: str, results: list[dict]) -> str:
-    """The comparison, by norm and images per step; and all other cells: learning rates and variants."""
+    """Norms by images per step and learning rate; and all other cells: short trainings and variants."""
     task = load_task(name)
     text = [f'## {task.__doc__.splitlines()[0]}', '', _conditions(results)]
     groups = {}
-    for result in filter(is_main, results):
-        groups.setdefault((result['norm'], result['images']), []).append(result)
+    whole = sorted(filter(is_whole, results), key=lambda r: (r['images'], r['lr']))
+    for r in whole:
+        groups.setdefault((str(r['images']), f'{r["lr"]:g}', r['norm']), []).append(r)
     if groups:
-        kinds = list(dict.fromkeys(k for r in filter(is_main, results) for k in r['final'] if k != 'diverged'))
-        kinds = kinds or ['moving average']
+        kinds = list(dict.fromkeys(k for r in whole for k in r['final'] if k != 'diverged')) or ['moving average']
         text += [
             '',
-            f'{task.EPOCHS} epochs, learning rate {task.LR:g} for {default_images(task)} images a step; after the last '
-            'epoch; mean ± standard deviation (lowest to highest) of the seeds.' + _test_error(task),
+            f'After the last of {task.EPOCHS} epochs; mean ± standard deviation (lowest to highest) of the seeds.'
+            + _test_error(task),
             '',
-            f'| norm | images per step | seeds | metric | {" | ".join(kinds)} |',
-            '| :--- | ---: | ---: | :--- |' + ' ---: |' * len(kinds),
+            f'| images per step | learning rate | norm | seeds | metric | {" | ".join(kinds)} |',
+            '| ---: | ---: | :--- | ---: | :--- |' + ' ---: |' * len(kinds),
         ]
-        for (norm, images), cells in groups.items():
-            head = [norm, str(images), str(len(cells))]
+        for key, cells in groups.items():
+            head = [*key, str(len(cells))]
             for metric, label in task.METRICS.items():
                 values = [_spread([_value(r, kind, metric) for r in cells]) for kind in kinds]
                 if all('diverged' in r['final'] for r in cells):
                     values[0] = 'diverged'
                 text.append('| ' + ' | '.join([*head, label, *values]) + ' |')
-                head = [''] * 3
+                head = [''] * 4
         text += ratios([r for r in results if is_compared(r)])
-    others = [r for r in results if not is_main(r)]
+    others = [r for r in results if not is_whole(r)]
     if others:
         metric, label = next(iter(task.METRICS.items()))
-        text += ['', f'Learning rates and variants, {label} after the last epoch:', '']
+        text += ['', f'Short trainings and variants, {label} after the last epoch:', '']
         text += [f'| norm | images per step | learning rate | epochs | changed | seeds | {label} |']
         text += ['| :--- | ---: | ---: | ---: | :--- | ---: | ---: |']
         groups = {}
@@ -113,12 +113,13 @@ def tables(name: str, results: list[dict]) -> str:
 
 
 def ratios(results: list[dict]) -> list[str]:
-    """Importance ratios at the end: the mean over the layers of a part, and the seeds."""
+    """Importance ratios at the end: the mean over the layers of a part, and the seeds, which have one learning rate."""
     rows = []
     for (norm, part), layers in _by_part(results).items():
         means = ' | '.join(f'{ratio:.3f}' for ratio in mean_ratios(layers).flat)
         rows.append(f'| {norm} | {part} | {means} |')
-    head = ['', 'Importance ratios after the last epoch, mean over layers and seeds:', '']
+    rate = ', '.join(sorted({f'{r["lr"]:g}' for r in results}))
+    head = ['', f'Importance ratios after the last epoch at {rate}, mean over layers and seeds:', '']
     head += ['| norm | part | IN, means | LN, means | BN, means | IN, variances | LN, variances | BN, variances |']
     return [*head, '| :--- | :--- |' + ' ---: |' * 6, *rows] if rows else []
 
@@ -143,6 +144,19 @@ def summary(by_task: dict[str, list[dict]]) -> str:
     for norm in filter(trained.__contains__, labels):
         row = [_entry(name, [r for r in results if r['norm'] == norm]) for name, results in by_task.items()]
         text.append(f'| {" | ".join([labels[norm], *row])} |')
+    return '\n'.join(text)
+
+
+def summary_by_rate(by_task: dict[str, list[dict]]) -> str:
+    """As :func:`summary`, at each learning rate: a row for it, a column a norm."""
+    text = [f'| | learning rate | {" | ".join(NORMS)} |', '| :--- | ---: |' + ' ---: |' * len(NORMS)]
+    for name, results in by_task.items():
+        task = load_task(name)
+        head = f'{task.NAME}, {next(iter(task.METRICS.values()))}'
+        results = [r for r in results if is_whole(r) and r['images'] == default_images(task)]
+        for lr in sorted({r['lr'] for r in results}):
+            row = [_entry(name, [r for r in results if (r['norm'], r['lr']) == (norm, lr)]) for norm in NORMS]
+            text.append(f'| {" | ".join([head, f"{lr:g}", *row])} |')
     return '\n'.join(text)
 
 
