@@ -1,4 +1,4 @@
-"""The op as ``torch.compile`` sees it: two operators with a schema each, which it leaves whole.
+"""The op as ``torch.compile`` sees it: operators with a schema each, which it leaves whole.
 
 So a compiled model runs the same kernels as an uncompiled one, synchronised statistics included. Eager execution takes
 the autograd Function of :mod:`.switch_norm` instead: dispatching to an operator in Python costs it far more.
@@ -6,7 +6,7 @@ the autograd Function of :mod:`.switch_norm` instead: dispatching to an operator
 
 # ruff: noqa: FA100  (no `from __future__ import annotations`: torch reads the types of arguments, for the schemas)
 
-from typing import Any, Optional, Tuple
+from typing import Any, Callable, Optional, Tuple
 
 import torch
 import torch.distributed as dist
@@ -31,13 +31,15 @@ def switch_norm_compiled(
     """The output, and the moments, at whose end are BN's and the number of pixels behind them."""
     names, eps, frozen = setting
     name = None if group is None else _name(group)
-    return _forward(x, *parameters, mean_bn, var_bn, ' '.join(names), eps, frozen, name)
+    return _switch_norm(x, *parameters, mean_bn, var_bn, ' '.join(names), eps, frozen, name)
 
 
 @constant
 def takes(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether there are kernels for such tensors."""
-    return device.type in ('cpu', 'cuda') and backends.choose(device, dtype) is not None
+    """Whether there are kernels for such tensors, and no transform of torch.func that has to see each operation."""
+    if device.type not in ('cpu', 'cuda') or torch._C._are_functorch_transforms_active():
+        return False
+    return backends.choose(device, dtype) is not None
 
 
 @constant
@@ -94,35 +96,54 @@ def _backward_real(
     return backward(plan, dy, x, parameters, kept, _group(group))
 
 
-_forward = torch.library.custom_op('sn_openmmlab::switch_norm', _forward_real, mutates_args=())
-_backward = torch.library.custom_op('sn_openmmlab::switch_norm_backward', _backward_real, mutates_args=())
+# torch.library.custom_op and register_autograd do the same with several more calls of Python in each of the operators
+_library = torch.library.Library('sn_openmmlab', 'FRAGMENT')
 
 
-@_forward.register_fake
-def _(x, mean_weight, var_weight, weight, bias, mean_bn, var_bn, normalizers, eps, frozen, group):
+def _define(name: str, function: Callable, fake: Callable) -> Callable:
+    """An operator for tensors on the CPU and on CUDA; ``fake`` has its outputs' shapes."""
+    _library.define(name + torch.library.infer_schema(function, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
+    for device in 'CPU', 'CUDA':
+        _library.impl(name, function, device)
+    operator = getattr(torch.ops.sn_openmmlab, name).default
+    torch.library.register_fake(operator, fake, lib=_library)
+    return operator
+
+
+def _forward_fake(x, mean_weight, var_weight, weight, bias, mean_bn, var_bn, normalizers, eps, frozen, group):
     kept = sum(kept_sizes(*x.shape[:2], x.dtype))
     return torch.empty_like(dense(x)), x.new_empty(kept, dtype=torch.float64)
 
 
-@_backward.register_fake
-def _(dy, x, mean_weight, var_weight, weight, bias, kept, normalizers, eps, frozen, group):
+def _backward_fake(dy, x, mean_weight, var_weight, weight, bias, kept, normalizers, eps, frozen, group):
     small = 2 * (x.shape[1] + mean_weight.shape[0])
     return torch.empty_like(dense(x)), x.new_empty(small, dtype=moments_dtype(x.dtype))
 
 
-def _keep(ctx, inputs, output) -> None:
-    *tensors, _, _, ctx.normalizers, ctx.eps, ctx.frozen, ctx.group = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.set_materialize_grads(False)
+_switch_norm = _define('switch_norm', _forward_real, _forward_fake)  # what dynamo records
+_forward = _define('switch_norm_forward', _forward_real, _forward_fake)  # and what is left of it without autograd
+_backward = _define('switch_norm_backward', _backward_real, _backward_fake)
 
 
-def _differentiate(ctx, dy, _):
-    x, *parameters, kept = ctx.saved_tensors
-    if dy is None:
-        dy = torch.zeros_like(x)
-    setting = ctx.normalizers, ctx.eps, ctx.frozen, ctx.group
-    dx, small = _backward(dy, x, *parameters, kept, *setting)
-    return dx, *split_gradients(small, parameters), *[None] * 6
+class _SwitchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *arguments):
+        y, kept = _forward(*arguments)
+        *tensors, _, _, ctx.normalizers, ctx.eps, ctx.frozen, ctx.group = arguments
+        ctx.save_for_backward(*tensors, kept)
+        ctx.mark_non_differentiable(kept)
+        return y, kept
+
+    @staticmethod
+    def backward(ctx, dy, _):
+        if torch.is_grad_enabled():  # what the backends that compile backward refuse, too
+            raise RuntimeError(
+                'a compiled switch_norm has no double backward; leave out create_graph, or do not compile'
+            )
+        x, *parameters, kept = ctx.saved_tensors
+        setting = ctx.normalizers, ctx.eps, ctx.frozen, ctx.group
+        dx, small = _backward(dy, x, *parameters, kept, *setting)
+        return dx, *split_gradients(small, parameters), *[None] * 6
 
 
-_forward.register_autograd(_differentiate, setup_context=_keep)
+_library.impl('switch_norm', _SwitchNorm.apply, 'Autograd')

@@ -1,7 +1,7 @@
 """``switch_norm``: the functional form of the layer, as ``F.batch_norm`` is of BatchNorm.
 
 One autograd Function runs the four passes of a backend and the algebra between them (:mod:`.run`), under torch.compile
-two operators (:mod:`.compiled`). Only the input and (N, C)-sized tensors are kept for backward.
+operators of torch.library (:mod:`.compiled`). Only the input and (N, C)-sized tensors are kept for backward.
 """
 
 from __future__ import annotations

@@ -129,12 +129,58 @@ def test_compiled_kernels_are_the_eager_ones(kwargs, training):
 @pytest.mark.parametrize('frozen', [True, False], ids=['frozen', 'batch'])
 @pytest.mark.parametrize('shape', [(2, 8, 4, 4), (3, 8), (0, 8, 4, 4)], ids=str)
 def test_operators_are_what_they_say(shape, frozen):
-    from sn_openmmlab.ops.compiled import _forward
+    from sn_openmmlab.ops.compiled import _backward, _forward, _switch_norm
 
     x, *parameters = (torch.randn(size).requires_grad_() for size in (shape, 3, 3, 8, 8))
     statistics = (torch.randn(8), torch.rand(8) + 0.5) if frozen else (None, None)
-    torch.library.opcheck(_forward, (x, *parameters, *statistics, 'in ln bn', 1e-5, frozen, None))
-    assert _forward(x, *parameters, *statistics, 'in ln bn', 1e-5, frozen, None)[0].shape == shape
+    arguments = x, *parameters, *statistics, 'in ln bn', 1e-5, frozen, None
+    torch.library.opcheck(_switch_norm, arguments)
+    y, kept = _switch_norm(*arguments)
+    assert y.shape == shape and y.requires_grad and not kept.requires_grad
+    with torch.no_grad():  # what is left of it when autograd has been
+        for operator, given in (_forward, arguments), (_backward, (y, x, *parameters, kept, *arguments[-4:])):
+            torch.library.opcheck(operator, given, test_utils=('test_schema', 'test_faketensor'))
+
+
+@needs_operators
+def test_what_runs_has_no_more_to_do_with_autograd():
+    """Each dispatch to autograd's part of an operator would cost the host half as much as the layer."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+
+    called = set()
+
+    def read(graph, _):
+        called.update(str(node.target) for node in graph.graph.nodes if 'sn_openmmlab' in str(node.target))
+        return make_boxed_func(graph.forward)
+
+    x = torch.randn(2, 4, 3, 3, requires_grad=True)
+    step(torch.compile(SwitchNorm(4), backend=aot_autograd(fw_compiler=read)), x, x.detach())
+    assert called == {f'sn_openmmlab.switch_norm_{way}.default' for way in ('forward', 'backward')}
+
+
+@needs_operators
+def test_a_second_derivative_of_a_compiled_layer_is_refused():
+    net, x = torch.compile(SwitchNorm(4), backend='eager'), torch.randn(2, 4, 3, 3, requires_grad=True)
+    with pytest.raises(RuntimeError, match='a compiled switch_norm has no double backward'):
+        torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+
+
+TRANSFORMS = dict(
+    grad=lambda f, x: torch.func.grad(lambda x: f(x).square().sum())(x),
+    second=lambda f, x: TRANSFORMS['grad'](lambda x: TRANSFORMS['grad'](f, x), x),
+    jvp=lambda f, x: torch.func.jvp(f, (x,), (x.sin(),))[1],
+    vmap=lambda f, x: torch.func.vmap(f)(torch.stack([x, x.sin()])),
+)
+
+
+@needs_operators
+@pytest.mark.parametrize('name', TRANSFORMS)
+def test_transforms_in_a_compiled_function_see_through_the_layer(name):
+    """By the formula: an operator would give no forward derivatives, and none of second order."""
+    net, x = SwitchNorm(4).eval(), torch.randn(2, 4, 3, 3)
+    compiled = torch.compile(lambda x: TRANSFORMS[name](net, x), backend='aot_eager')
+    torch.testing.assert_close(compiled(x), TRANSFORMS[name](net, x))
 
 
 def compiled_step(sync):
