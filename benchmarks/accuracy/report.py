@@ -257,7 +257,7 @@ def plot(name: str, results: list[dict], path: Path) -> None:
         axes.plot(*zip(*mean.items()), color=f'C{i}', linewidth=2, label=f'{norm} ({seeds})')
     axes.set_xlabel('epoch')
     axes.set_ylabel(label)
-    axes.set_title(f'{task.NAME}, {default_images(task)} images a step', fontsize=10)
+    axes.set_title(f'{task.NAME}, {default_images(task)} images a step, learning rate {task.LR:g}', fontsize=10)
     axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
