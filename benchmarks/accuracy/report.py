@@ -183,8 +183,11 @@ def _entry(name: str, cells: list[dict]) -> str:
     if not cells:
         return 'not trained yet'
     metric = next(iter(load_task(name).METRICS))
-    seeds = f' ({len(cells)} seed{"s" if len(cells) > 1 else ""})'
-    return (_spread([_value(r, 'moving average', metric) for r in cells]) or 'diverged') + seeds
+    return f'{_spread([_value(r, "moving average", metric) for r in cells]) or "diverged"} ({_count(cells)})'
+
+
+def _count(seeds: list) -> str:
+    return f'{len(seeds)} seed{"s" if len(seeds) > 1 else ""}'
 
 
 def labels_of(task) -> dict[str, str]:
@@ -253,8 +256,7 @@ def plot(name: str, results: list[dict], path: Path) -> None:
         for curve in curves:
             axes.plot(*zip(*curve.items()), color=f'C{i}', linewidth=0.6, alpha=0.6)
         mean = {epoch: statistics.mean(curve[epoch] for curve in curves) for epoch in curves[0]}
-        seeds = f'{len(curves)} seed{"s" if len(curves) > 1 else ""}'
-        axes.plot(*zip(*mean.items()), color=f'C{i}', linewidth=2, label=f'{norm} ({seeds})')
+        axes.plot(*zip(*mean.items()), color=f'C{i}', linewidth=2, label=f'{norm} ({_count(curves)})')
     axes.set_xlabel('epoch')
     axes.set_ylabel(label)
     axes.set_title(f'{task.NAME}, {default_images(task)} images a step, learning rate {task.LR:g}', fontsize=10)
