@@ -133,9 +133,7 @@ def gpu_tables(result: dict) -> str:
 
 def gpu_summary(results: list[dict]) -> str:
     """Geometric means over all shapes of SN's and GroupNorm's time on the GPU and on the host, over BatchNorm's."""
-    device, version, date, commit = (
-        ', '.join(sorted({result[key] for result in results})) for key in ('device', 'torch', 'date', 'commit')
-    )
+    device, version, date, commit = (list_values(results, key) for key in ('device', 'torch', 'date', 'commit'))
     phases = {'both': 'forward and backward', 'eval': 'evaluation', 'both on host': 'host, forward and backward'}
     text = [f'{device}, torch {version}, {date}, commit {commit}', '']
     text += ['| time / BatchNorm2d, SN (GroupNorm(32)) | ' + ' | '.join(phases.values()) + ' |']
@@ -146,6 +144,11 @@ def gpu_summary(results: list[dict]) -> str:
         ]
         text.append('| ' + ' | '.join([_name_input(result), *(f'{sn:.2f} ({gn:.2f})' for sn, gn in means)]) + ' |')
     return '\n'.join(text)
+
+
+def list_values(environments: list[dict], key: str) -> str:
+    """What several measurements have under a key, each once."""
+    return ', '.join(sorted({str(environment[key]) for environment in environments}))
 
 
 def host_table(result: dict, without: str = '') -> str:

@@ -12,7 +12,7 @@ import statistics
 from pathlib import Path
 
 from benchmarks.accuracy.run import NORMS, RESULTS, TASKS, default_images, load_task, norms
-from benchmarks.report import rewrite
+from benchmarks.report import list_values, rewrite
 from sn_openmmlab.analysis import mean_ratios
 from sn_openmmlab.analysis.draw import COLORS, LINES
 from sn_openmmlab.norms import part_name
@@ -118,10 +118,12 @@ def ratios(results: list[dict]) -> list[str]:
     for (norm, part), layers in _by_part(results).items():
         means = ' | '.join(f'{ratio:.3f}' for ratio in mean_ratios(layers).flat)
         rows.append(f'| {norm} | {part} | {means} |')
-    rate = ', '.join(sorted({f'{r["lr"]:g}' for r in results}))
-    head = ['', f'Importance ratios after the last epoch at {rate}, mean over layers and seeds:', '']
+    if not rows:
+        return []
+    rate = results[0]['lr']
+    head = ['', f'Importance ratios after the last epoch at {rate:g}, mean over layers and seeds:', '']
     head += ['| norm | part | IN, means | LN, means | BN, means | IN, variances | LN, variances | BN, variances |']
-    return [*head, '| :--- | :--- |' + ' ---: |' * 6, *rows] if rows else []
+    return [*head, '| :--- | :--- |' + ' ---: |' * 6, *rows]
 
 
 def _by_part(results: list[dict]) -> dict[tuple[str, str], list]:
@@ -137,7 +139,7 @@ def _by_part(results: list[dict]) -> dict[tuple[str, str], list]:
 def summary(by_task: dict[str, list[dict]]) -> str:
     """The comparison, evaluated with the moving average: a row a norm, a column a task."""
     by_task = {name: [r for r in results if is_compared(r)] for name, results in by_task.items()}
-    heads = [f'{task.NAME}, {next(iter(task.METRICS.values()))}' for task in map(load_task, by_task)]
+    heads = [_name_result(load_task(name)) for name in by_task]
     text = [f'| norm | {" | ".join(heads)} |', '| :--- |' + ' ---: |' * len(heads)]
     trained = {r['norm'] for results in by_task.values() for r in results}
     labels = {name: label for task in map(load_task, by_task) for name, label in labels_of(task).items()}
@@ -152,11 +154,10 @@ def summary_by_rate(by_task: dict[str, list[dict]]) -> str:
     text = [f'| | learning rate | {" | ".join(NORMS)} |', '| :--- | ---: |' + ' ---: |' * len(NORMS)]
     for name, results in by_task.items():
         task = load_task(name)
-        head = f'{task.NAME}, {next(iter(task.METRICS.values()))}'
         results = [r for r in results if is_whole(r) and r['images'] == default_images(task)]
         for lr in sorted({r['lr'] for r in results}):
             row = [_entry(name, [r for r in results if (r['norm'], r['lr']) == (norm, lr)]) for norm in NORMS]
-            text.append(f'| {" | ".join([head, f"{lr:g}", *row])} |')
+            text.append(f'| {" | ".join([_name_result(task), f"{lr:g}", *row])} |')
     return '\n'.join(text)
 
 
@@ -164,7 +165,7 @@ def rates(by_task: dict[str, list[dict]]) -> str:
     """The recipe by the learning rate of the logits: a column a task, and LN's part in the means of its heads."""
     by_task = {name: [r for r in results if is_compared(r)] for name, results in by_task.items()}
     tasks = [load_task(name) for name in by_task]
-    heads = [f'{task.NAME}, {next(iter(task.METRICS.values()))} | LN in the means of its head' for task in tasks]
+    heads = [f'{_name_result(task)} | LN in the means of its head' for task in tasks]
     text = [f"| rate of the logits / the others' | {' | '.join(heads)} |", '| ---: |' + ' ---: |' * 2 * len(heads)]
     for norm, way in sorted(norms(tasks[0]).items(), key=lambda item: item[1]['logits']):
         by_norm = {name: [r for r in results if r['norm'] == norm] for name, results in by_task.items()}
@@ -176,6 +177,10 @@ def rates(by_task: dict[str, list[dict]]) -> str:
                 row += [_entry(name, cells), f'{mean_ratios(head)[0][1]:.2f}' if head else '']
             text.append(f'| {" | ".join(row)} |')
     return '\n'.join(text)
+
+
+def _name_result(task) -> str:
+    return f'{task.NAME}, {next(iter(task.METRICS.values()))}'
 
 
 def _entry(name: str, cells: list[dict]) -> str:
@@ -222,14 +227,11 @@ def _test_error(task) -> str:
 
 def _conditions(results: list[dict]) -> str:
     environments = [e for r in results for e in r['environments']]
-    several = {
-        key: ', '.join(sorted({str(e[key]) for e in environments})) for key in ('device', 'torch', 'threads', 'commit')
-    }
-    dates = sorted(e['date'] for e in environments)
-    return (
-        f'{several["device"]}, torch {several["torch"]}, {several["threads"]} threads, {dates[0]} to {dates[-1]}, '
-        f'commit {several["commit"]}.'
+    device, version, threads, commit = (
+        list_values(environments, key) for key in ('device', 'torch', 'threads', 'commit')
     )
+    dates = sorted(e['date'] for e in environments)
+    return f'{device}, torch {version}, {threads} threads, {dates[0]} to {dates[-1]}, commit {commit}.'
 
 
 def plot(name: str, results: list[dict], path: Path) -> None:
